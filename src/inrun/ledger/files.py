@@ -1,0 +1,62 @@
+"""Files that are there whole or not at all: written hidden, synced, renamed, the folder synced."""
+
+import io
+import os
+import re
+from pathlib import Path
+from typing import BinaryIO
+
+import polars as pl
+
+_TEMP_NAME = re.compile(r"\.(?:run\.json|examples\.parquet|\d+-\d+-r\d+\.parquet)\.r(\d+)\.tmp")
+
+
+def temp_path(path: Path, rank: int) -> Path:
+    """Where `path` is written before it is renamed: hidden, so that no `*.parquet` pattern matches it."""
+    return path.with_name(f".{path.name}.r{rank}.tmp")
+
+
+def list_temps(folder: Path) -> list[tuple[Path, int]]:
+    """Files of `folder` that a killed writer left half-written, each with its rank."""
+    return [(path, int(match[1])) for path in folder.iterdir() if (match := _TEMP_NAME.fullmatch(path.name))]
+
+
+def write_whole(path: Path, rank: int, content: bytes | memoryview) -> None:
+    """Write or replace `path`, durable on return. Raises OSError, leaving what was there."""
+    temp = temp_path(path, rank)
+    try:
+        with open_temp(temp) as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temp, path)
+        sync_folder(path.parent)
+    finally:
+        temp.unlink(missing_ok=True)
+
+
+def open_temp(path: Path) -> BinaryIO:
+    """The one place where a file of rows is opened for writing."""
+    return open(path, "wb")
+
+
+def parquet(frame: pl.DataFrame) -> memoryview:
+    """`frame` as the bytes of a Parquet file."""
+    buffer = io.BytesIO()
+    frame.write_parquet(buffer, compression="zstd")
+    return buffer.getbuffer()
+
+
+def sync(path: Path) -> None:
+    """Make a file, or the names in a folder, durable."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder durable. Windows cannot open one, and keeps a journal of renames."""
+    if os.name != "nt":
+        sync(folder)

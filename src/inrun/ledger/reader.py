@@ -1,0 +1,267 @@
+"""Reading a ledger: totals per example, group, step and time.
+
+Values are in nats of target loss, positive = helped. Nothing here loads a run into memory: the parts are
+scanned and aggregated in a stream, so what is held is one row per example or per group. A ledger can be read
+while it is written.
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from inrun.ledger.schema import (
+    EXAMPLES,
+    STEPS,
+    STEPS_SCHEMA,
+    UNREADABLE,
+    VALUES,
+    LedgerError,
+    corrupt,
+    id_type_of,
+    list_parts,
+    read_run,
+    scan,
+    values_schema,
+)
+
+# Columns of the answers: a column of the examples table with such a name reads as example_NAME.
+_TAKEN = (
+    "step",
+    "target",
+    "value",
+    "count",
+    "examples",
+    "mean",
+    "negative",
+    "bin",
+    "first_step",
+    "last_step",
+)
+
+
+class Ledger:
+    """The ledger in a folder. `run` is its run.json.
+
+    Raises LedgerError where there is no run.json or not a readable one. Every method raises LedgerError
+    naming the file where a part is corrupt, and one naming what there is where a target or column is unknown.
+    """
+
+    run: dict[str, Any]
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self.folder = Path(folder)
+        self.run = read_run(self.folder)
+        # Parts whose columns were looked at, and the type of their ids.
+        self._seen: dict[Path, type[pl.DataType]] = {}
+
+    @property
+    def targets(self) -> list[str]:
+        """Names of the targets: as run.json lists them, then any others that were booked."""
+        declared = [name for name in self.run.get("targets") or [] if isinstance(name, str)]
+        booked = self._scan_steps() if list_parts(self.folder, STEPS) else self.scan()
+        found = self._collect(booked.select(pl.col("target").unique().sort()))["target"]
+        return list(dict.fromkeys([*declared, *found]))
+
+    def scan(self) -> pl.LazyFrame:
+        """Every use of an example, lazily: step, id, target, value."""
+        paths = [part.path for part in list_parts(self.folder, VALUES)]
+        if not paths:
+            return pl.LazyFrame(schema=values_schema(self._examples_id_type() or pl.Int64))
+        for path in paths:
+            if path not in self._seen:
+                self._seen[path] = id_type_of(path)
+            if self._seen[path] is not self._seen[paths[0]]:
+                raise LedgerError(
+                    f"{path} has ids of another type than {paths[0].name}: its rank booked them otherwise. "
+                    "Run it again with ids of one type."
+                )
+        return scan(paths)
+
+    def values(self, target: str | None = None) -> pl.DataFrame:
+        """One row per example (and target, where None is given), the most helpful first.
+
+        Columns: id, [target,] value (sum over its uses), count (uses).
+        """
+        return self._collect(self._totals(target).sort("value", "id", descending=[True, False]))
+
+    def steps(self, target: str | None = None) -> pl.DataFrame:
+        """One row per step and target, sorted so, with the columns of steps/ (`inrun.ledger.schema`)."""
+        steps = self._of_target(self._scan_steps(), target)
+        return self._collect(steps.sort("step", "target"))
+
+    def examples(self) -> pl.LazyFrame | None:
+        """The examples table, lazily: id and the user's columns; None where none was written.
+
+        A column with the name of a ledger's own (value, count, target, ...) reads as example_NAME.
+        """
+        path = self.folder / EXAMPLES
+        if not path.exists():
+            return None
+        examples = scan(path)
+        try:
+            names = examples.collect_schema().names()
+        except UNREADABLE as error:
+            raise corrupt(path, error) from error
+        return examples.rename({name: f"example_{name}" for name in names if name in _TAKEN})
+
+    def top(self, n: int = 20, target: str | None = None) -> pl.DataFrame:
+        """The n most helpful examples: id, value, count, the examples' columns. No target: the sum of all."""
+        return self._extreme(n, target, best=True)
+
+    def bottom(self, n: int = 20, target: str | None = None) -> pl.DataFrame:
+        """The n most harmful examples, the worst first; else as `top`."""
+        return self._extreme(n, target, best=False)
+
+    def by(self, column: str, target: str | None = None) -> pl.DataFrame:
+        """One row per group of examples (and target, where None is given), the most helpful group first.
+
+        Columns: the group, [target,] value (sum), count (uses), examples (distinct ids used), mean (value per
+        use), negative (share of those examples whose value is below 0). Ids absent from the examples table
+        are the group null, so that the groups add up to the run.
+        """
+        groups = self._groups(column)
+        keys = [column, "target"] if target is None else [column]
+        grouped = (
+            self._totals(target)
+            .join(groups, on="id", how="left")
+            .group_by(keys)
+            .agg(
+                pl.col("value").sum(),
+                pl.col("count").sum(),
+                pl.len().cast(pl.Int64).alias("examples"),
+                (pl.col("value").sum() / pl.col("count").sum()).alias("mean"),
+                (pl.col("value") < 0).mean().alias("negative"),
+            )
+        )
+        return self._collect(grouped.sort("value", *keys, descending=[True] + [False] * len(keys)))
+
+    def timeline(self, column: str, bins: int = 40, target: str | None = None) -> pl.DataFrame:
+        """The value of each group over the run, in at most `bins` spans of about as many steps each.
+
+        Columns: the group, target, bin (from 0), first_step, last_step (both inclusive), value, count. A
+        group that was not used in a span has no row there. The spans are the same for every target.
+        """
+        _at_least_one("bins", bins)
+        groups = self._groups(column)
+        rows = self.scan()
+        used = self._of_target(rows, target)
+        first, last = self._collect(rows.select(low=pl.col("step").min(), high=pl.col("step").max())).row(0)
+        first, last = first or 0, last or 0
+        span = last - first + 1
+        bins = min(bins, span)
+        # Integer arithmetic: step s is in bin b where b = (s - first) * bins // span.
+        edge = pl.col("bin") * span + bins - 1
+        lined = (
+            used.join(groups, on="id", how="left")
+            .with_columns(bin=(pl.col("step") - first) * bins // span)
+            .group_by(column, "target", "bin")
+            .agg(pl.col("value").sum(), pl.len().cast(pl.Int64).alias("count"))
+            .with_columns(first_step=edge // bins + first, last_step=(edge + span) // bins + first - 1)
+            .select(column, "target", "bin", "first_step", "last_step", "value", "count")
+            .sort("target", column, "bin")
+        )
+        return self._collect(lined)
+
+    def distribution(self, target: str, bins: int = 60) -> pl.DataFrame:
+        """Histogram of the examples' values: left, right (edges, in nats), count. Without values: no rows."""
+        _at_least_one("bins", bins)
+        totals = self._collect(self._totals(target).select("value"))["value"].to_numpy()
+        if len(totals) == 0 or totals.min() == totals.max():
+            edges, counts = np.repeat(totals[:1], 2), np.full(len(totals[:1]), len(totals))
+        else:
+            counts, edges = np.histogram(totals, bins)
+        return pl.DataFrame(
+            {"left": edges[:-1], "right": edges[1:], "count": counts},
+            schema={"left": pl.Float64, "right": pl.Float64, "count": pl.Int64},
+        )
+
+    def _scan_steps(self) -> pl.LazyFrame:
+        paths = [part.path for part in list_parts(self.folder, STEPS)]
+        return scan(paths) if paths else pl.LazyFrame(schema=STEPS_SCHEMA)
+
+    def _of_target(self, rows: pl.LazyFrame, target: str | None) -> pl.LazyFrame:
+        if target is None:
+            return rows
+        targets = self.targets
+        if target not in targets:
+            known = ", ".join(targets) or "none yet"
+            raise LedgerError(f"{self.folder}: there is no target {target!r}; the targets are: {known}.")
+        return rows.filter(pl.col("target") == target)
+
+    def _totals(self, target: str | None) -> pl.LazyFrame:
+        keys = ["id", "target"] if target is None else ["id"]
+        rows = self._of_target(self.scan(), target)
+        return rows.group_by(keys).agg(pl.col("value").sum(), pl.len().cast(pl.Int64).alias("count"))
+
+    def _extreme(self, n: int, target: str | None, best: bool) -> pl.DataFrame:
+        _at_least_one("n", n)
+        totals = self._totals(target)
+        if target is None:
+            # Every use has a value for each target: the uses are not added up.
+            totals = totals.group_by("id").agg(pl.col("value").sum(), pl.col("count").max())
+        found = self._collect(totals.sort("value", "id", descending=[best, False]).head(n))
+        examples = self._examples_to_join()
+        if examples is None:
+            return found
+        shown = self._collect(examples.filter(pl.col("id").is_in(found["id"].to_list())))
+        return found.join(shown, on="id", how="left", maintain_order="left")
+
+    def _groups(self, column: str) -> pl.LazyFrame:
+        """id and `column` of the examples table."""
+        examples = self._examples_to_join()
+        if examples is None:
+            raise LedgerError(
+                f"{self.folder}: the values cannot be grouped by {column!r} without an examples table; "
+                "write one with inrun.write_examples(folder, frame): a column id and those to group by."
+            )
+        columns = [name for name in examples.collect_schema().names() if name != "id"]
+        if column not in columns:
+            raise LedgerError(
+                f"{self.folder}: the examples have no column {column!r} to group by; "
+                f"there are: {', '.join(columns) or 'none'}."
+            )
+        return examples.select("id", column)
+
+    def _examples_id_type(self) -> type[pl.DataType] | None:
+        examples = self.examples()
+        if examples is None:
+            return None
+        return pl.String if examples.collect_schema().get("id") == pl.String else pl.Int64
+
+    def _examples_to_join(self) -> pl.LazyFrame | None:
+        """The examples table, its ids known to be of the type that the run booked."""
+        examples = self.examples()
+        if examples is None:
+            return None
+        given, booked = examples.collect_schema().get("id"), self.scan().collect_schema()["id"]
+        if given != booked:
+            raise LedgerError(
+                f"{self.folder / EXAMPLES}: its ids are {given}, but the run booked {booked}; "
+                "write it again with the ids as they were booked."
+            )
+        return examples
+
+    def _collect(self, frame: pl.LazyFrame) -> pl.DataFrame:
+        try:
+            return frame.collect(engine="streaming")
+        except UNREADABLE as error:
+            raise self._blame(error) from error
+
+    def _blame(self, error: BaseException) -> LedgerError:
+        """Find the file that cannot be read: polars does not always name it."""
+        paths = [part.path for kind in (VALUES, STEPS) for part in list_parts(self.folder, kind)]
+        for path in [*paths, self.folder / EXAMPLES]:
+            try:
+                for _ in scan(path).collect_batches() if path.exists() else ():
+                    pass
+            except UNREADABLE as reason:
+                return corrupt(path, reason)
+        return LedgerError(f"{self.folder} could not be read ({error}). If its run is being resumed, read it again.")
+
+
+def _at_least_one(name: str, number: int) -> None:
+    if number < 1:
+        raise LedgerError(f"{name} is {number}; give 1 or more.")

@@ -1,0 +1,302 @@
+"""Writing a ledger during training: rows are buffered, written as parts, and cut back on resume.
+
+No kill can leave a row twice. A flush covers whole steps, so the parts of a rank never overlap, and each
+appears by one rename. Cutting works from the last part back: parts after the step are removed, and the one
+that straddles it is replaced, under its own name, by its first rows, then renamed to the steps it now has.
+Every state in between is a ledger with each row at most once, and cutting again finishes the work.
+"""
+
+import json
+import operator
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+import polars as pl
+
+from inrun.ledger.checks import Floats, GivenIds, Ids, check_ids, check_step_row, check_targets, check_values
+from inrun.ledger.files import list_temps, parquet, sync_folder, write_whole
+from inrun.ledger.schema import (
+    FORMAT,
+    RUN,
+    STEPS,
+    STEPS_SCHEMA,
+    UNREADABLE,
+    VALUES,
+    LedgerError,
+    Part,
+    corrupt,
+    id_type_of,
+    list_parts,
+    part_name,
+    read_run,
+    scan,
+    values_schema,
+)
+
+
+class _Booked(NamedTuple):
+    """The values of one step."""
+
+    step: int
+    ids: Ids
+    targets: list[str]
+    values: Floats  # [targets, ids]
+
+
+class LedgerWriter:
+    """Writes one rank's rows of a ledger.
+
+    `run` describes what ran and becomes run.json; its entry "identity" (a mapping) is what a resumed run must
+    have in common with the first. `ranks` is how many writers the run has; each opens with its own `rank`.
+    Only rank 0 writes run.json, and it also cuts the rows of ranks that a resumed run no longer has. A part
+    is written when `part_rows` value rows are buffered.
+
+    Raises LedgerError where the folder holds another run, or cannot be written to.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        run: Mapping[str, Any],
+        *,
+        resume: bool = False,
+        rank: int = 0,
+        ranks: int = 1,
+        part_rows: int = 500_000,
+    ) -> None:
+        if not 0 <= rank < ranks:
+            raise LedgerError(f"rank {rank} of {ranks} writers: give ranks= the number of writers of this run.")
+        if part_rows < 1:
+            raise LedgerError(f"part_rows is {part_rows}; give 1 or more.")
+        self._folder = Path(folder)
+        self._rank, self._ranks, self._part_rows = rank, ranks, part_rows
+        self._booked: list[_Booked] = []
+        self._rows = 0
+        self._step_rows: list[tuple[Any, ...]] = []
+        # Parts on their way to disk: kept until they are durable, so that a failed flush can be tried again.
+        self._sealed: dict[Path, pl.DataFrame] = {}
+        self._closed = False
+        self._open(_as_json(self._folder, run), resume)
+        self._last = max((part.last for part in self._parts()), default=0)
+        parts = list_parts(self._folder, VALUES)
+        self._id_type = id_type_of(parts[0].path) if parts else None
+
+    def _open(self, run: dict[str, Any], resume: bool) -> None:
+        folder = self._folder
+        stored = (folder / RUN).exists()
+        if stored and self._rank == 0 and not resume:
+            raise LedgerError(f"{folder} already holds another run: choose another folder, or resume that one.")
+        if stored:
+            _check_identity(folder, read_run(folder), run)
+        if self._parts() and not (stored and resume):
+            whose = "of an earlier run" if stored else f"without its {RUN}"
+            raise LedgerError(f"{folder} already holds parts of a ledger, {whose}: choose another folder.")
+        try:
+            for place in (folder, folder / VALUES, folder / STEPS):
+                place.mkdir(parents=True, exist_ok=True)
+                for path, rank in list_temps(place):
+                    if self._mine(rank):
+                        path.unlink(missing_ok=True)
+            if not stored and self._rank == 0:
+                write_whole(folder / RUN, self._rank, json.dumps(run, indent=2, ensure_ascii=False).encode())
+                sync_folder(folder.parent)
+        except OSError as error:
+            raise LedgerError(
+                f"{folder}: the ledger could not be begun ({error.strerror or error}). "
+                "Free space, correct the folder's rights, or choose another folder."
+            ) from error
+
+    @property
+    def last_step(self) -> int:
+        """The highest step booked or found on disk; 0 when there is none."""
+        return self._last
+
+    def book(
+        self,
+        step: int,
+        ids: GivenIds,
+        values: Mapping[str, np.ndarray[Any, Any]],
+        steps: Sequence[Mapping[str, Any]],
+    ) -> None:
+        """Book one step.
+
+        `values` maps a target to its values, in nats of target loss, positive = helped, in the order of
+        `ids`; the same id twice makes two rows. `steps` has one mapping per target, with columns of steps/:
+        `target` is needed; `step`, `examples` and `skipped` are by default this step, the number of ids and
+        False, any other null.
+
+        Raises LedgerError before anything is buffered where an argument is wrong. Where a full part cannot be
+        written the step is booked all the same, in memory: free space and call `flush`.
+        """
+        step = self._check_step(step)
+        listed, id_type = check_ids(step, ids)
+        if id_type and self._id_type and id_type is not self._id_type:
+            raise LedgerError(
+                f"{self._folder}, step {step}: the ids are {id_type.__name__} (as {listed[0]}), "
+                f"but this run's are {self._id_type.__name__}; keep to one type."
+            )
+        rows = [check_step_row(step, len(listed), row) for row in steps]
+        check_targets(step, values, [row[1] for row in rows])
+        checked = check_values(step, listed, values)
+        if checked.size:
+            self._id_type = id_type
+            self._booked.append(_Booked(step, listed, list(values), checked))
+        self._step_rows += rows
+        self._rows += checked.size
+        self._last = step
+        if self._rows >= self._part_rows:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write all that is booked: durable on return. Raises LedgerError, and can then be called again."""
+        self._seal()
+        for path in list(self._sealed):
+            try:
+                write_whole(path, self._rank, parquet(self._sealed[path]))
+            except OSError as error:
+                raise LedgerError(
+                    f"{path} could not be written ({error.strerror or error}). What is booked is kept in "
+                    "memory: free space or correct the folder's rights, then call flush()."
+                ) from error
+            del self._sealed[path]
+
+    def cut(self, step: int) -> None:
+        """Forget every row with a step > `step`, on disk and in memory: what a resume needs.
+
+        Raises LedgerError where the disk refuses or a part is corrupt; what is left is a ledger still, and
+        cutting again finishes the work.
+        """
+        step = operator.index(step)
+        if step < 0:
+            raise LedgerError(f"{self._folder}: cannot cut to step {step}; 0 forgets every step.")
+        self._seal()
+        sealed, self._sealed = self._sealed, {}
+        for path, frame in sealed.items():
+            self._keep(path.parent, frame.filter(pl.col("step") <= step))
+        # From the last step back, so that a kill on the way leaves no hole.
+        for part in sorted(self._parts(), key=lambda part: part.first, reverse=True):
+            if part.last > step:
+                self._cut_part(part, step)
+        lasts = [part.last for part in self._parts()] + [frame["step"][-1] for frame in self._sealed.values()]
+        self._last = max(lasts, default=0)
+        if not self._sealed and not list_parts(self._folder, VALUES):
+            self._id_type = None
+
+    def close(self) -> None:
+        """Flush, and book no more. May be called again."""
+        self.flush()
+        self._closed = True
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _mine(self, rank: int) -> bool:
+        """Whether `rank` is kept by this writer: its own; by rank 0, also those that are no more."""
+        return rank == self._rank or (self._rank == 0 and rank >= self._ranks)
+
+    def _parts(self) -> list[Part]:
+        return [part for kind in (VALUES, STEPS) for part in list_parts(self._folder, kind) if self._mine(part.rank)]
+
+    def _check_step(self, step: int) -> int:
+        if self._closed:
+            raise LedgerError(f"{self._folder}: step {step} was booked after close(); open the ledger to resume.")
+        try:
+            number = operator.index(step)
+        except TypeError as error:
+            raise LedgerError(f"{self._folder}: step is {step!r}; give a whole number.") from error
+        if not 1 <= number < 2**63:
+            raise LedgerError(f"{self._folder}: step {number} cannot be booked; steps count from 1.")
+        if number <= self._last:
+            raise LedgerError(
+                f"{self._folder}: step {number} is booked already, the last was step {self._last}. Where a "
+                "run resumes from a checkpoint, load its state first (load_state_dict), or cut() to its step."
+            )
+        return number
+
+    def _seal(self) -> None:
+        """Turn what is buffered into parts to be written."""
+        if self._booked and self._id_type:
+            self._keep(self._folder / VALUES, _values_frame(self._booked, self._id_type))
+        self._booked, self._rows = [], 0
+        if self._step_rows:
+            self._keep(self._folder / STEPS, pl.DataFrame(self._step_rows, schema=STEPS_SCHEMA, orient="row"))
+        self._step_rows = []
+
+    def _keep(self, place: Path, frame: pl.DataFrame) -> None:
+        if frame.height:
+            steps = frame["step"]
+            self._sealed[place / part_name(steps[0], steps[-1], self._rank)] = frame
+
+    def _cut_part(self, part: Part, step: int) -> None:
+        try:
+            if part.first <= step:
+                kept = _first_rows(part, step)
+                write_whole(part.path, self._rank, parquet(kept))
+                name = part_name(part.first, kept["step"][-1], part.rank)
+                os.replace(part.path, part.path.with_name(name))
+            else:
+                part.path.unlink()
+            sync_folder(part.path.parent)
+        except OSError as error:
+            raise LedgerError(
+                f"{part.path} could not be cut to step {step} ({error.strerror or error}): "
+                "free space or correct the folder's rights, then cut again."
+            ) from error
+
+
+def _first_rows(part: Part, step: int) -> pl.DataFrame:
+    try:
+        return scan(part.path).filter(pl.col("step") <= step).collect()
+    except UNREADABLE as error:
+        raise corrupt(part.path, error) from error
+
+
+def _values_frame(booked: Sequence[_Booked], id_type: type[pl.DataType]) -> pl.DataFrame:
+    names = list(dict.fromkeys(target for one in booked for target in one.targets))
+    code = {name: number for number, name in enumerate(names)}
+    codes = [np.repeat([code[target] for target in one.targets], len(one.ids)) for one in booked]
+    # Each step's rows are target by target, as its values lie in memory.
+    if id_type is pl.Int64:
+        ids = pl.Series(np.concatenate([np.tile(one.ids, len(one.targets)) for one in booked]))
+    else:
+        ids = pl.Series([identity for one in booked for identity in [*one.ids] * len(one.targets)], dtype=pl.String)
+    return pl.DataFrame(
+        {
+            "step": np.repeat([one.step for one in booked], [one.values.size for one in booked]),
+            "id": ids,
+            "target": pl.Series(names, dtype=pl.String).gather(np.concatenate(codes)),
+            "value": np.concatenate([one.values.ravel() for one in booked]),
+        },
+        schema=values_schema(id_type),
+    )
+
+
+def _as_json(folder: Path, run: Mapping[str, Any]) -> dict[str, Any]:
+    """`run` as it reads back from JSON, so that what is stored and what is given can be compared."""
+    try:
+        read: dict[str, Any] = json.loads(json.dumps({**run, "format": FORMAT}))
+    except (TypeError, ValueError) as error:
+        raise LedgerError(
+            f"{folder}: what describes the run does not fit JSON ({error}); keep to numbers, strings, lists, dicts."
+        ) from error
+    return read
+
+
+def _check_identity(folder: Path, stored: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    before, now = stored.get("identity") or {}, given.get("identity") or {}
+    keys = list({**before, **now})
+    differing = [key for key in keys if (key in before, before.get(key)) != (key in now, now.get(key))]
+    if differing:
+        told = "; ".join(f"{key}: {before.get(key)!r} then, {now.get(key)!r} now" for key in differing)
+        raise LedgerError(
+            f"{folder} holds a run that differs ({told}): resume with the same settings, or choose another folder."
+        )

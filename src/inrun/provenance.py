@@ -1,0 +1,57 @@
+"""What a run says about itself in its ledger's run.json."""
+
+import platform
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from inrun.capture import Unit
+from inrun.tangent import has_closed_form
+from inrun.target import Target
+
+
+def describe(optimizer: Optimizer, units: Sequence[Unit], targets: Sequence[Target], **settings: Any) -> dict[str, Any]:
+    """Settings, optimizer, targets, versions and coverage; `identity` is what must stay the same when the "
+    "run is resumed."""
+    plain = (int, float, bool, str, tuple, list, type(None))
+    return {
+        "identity": {
+            **{k: settings[k] for k in ("scheme", "nodes", "momentum")},
+            "optimizer": type(optimizer).__name__,
+            "targets": [t.name for t in targets],
+        },
+        **settings,
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": {
+            "inrun": version("inrun"),
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+        "units": {"value": "nats of target loss", "positive": "the example lowered the target's loss"},
+        "optimizer": {
+            "class": type(optimizer).__name__,
+            "groups": [
+                {
+                    k: float(v) if isinstance(v, Tensor) else v
+                    for k, v in group.items()
+                    if isinstance(v, (*plain, Tensor)) and k != "params"
+                }
+                | {"parameters": sum(p.numel() for p in group["params"])}
+                for group in optimizer.param_groups
+            ],
+        },
+        "targets": {t.name: {"batches": len(t.batches)} for t in targets},
+        "coverage": {
+            u.name: {
+                "module": type(u.module).__name__,
+                "parameters": sum(p.numel() for p in u.parameters.values()),
+                "rule": "closed form" if has_closed_form(u.module) else "forward mode",
+            }
+            for u in units
+        },
+    }

@@ -1,0 +1,72 @@
+"""The generic rule: forward-mode differentiation of one module with respect to its own parameters."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.backends import mkldnn
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_map
+
+from inrun.errors import InrunError
+
+
+@contextmanager
+def _without_mkldnn() -> Iterator[None]:
+    """Its recurrent layers have no forward mode; mkldnn.flags() would also set what warns on some builds."""
+    enabled = mkldnn.enabled
+    mkldnn.set_flags(_enabled=False, _fp32_precision=None)  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        mkldnn.set_flags(_enabled=enabled, _fp32_precision=None)  # type: ignore[no-untyped-call]
+
+
+def forward_mode(
+    module: nn.Module,
+    direction: Mapping[str, Tensor],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    random_state: Tensor | None = None,
+) -> Any:
+    """J(args) direction by running the module again on dual numbers: exact for any differentiable module.
+
+    The random state of the first run is replayed, buffers that the forward changes are copies, attention and recurrent
+    layers run in their plain form, which has forward mode. Raises InrunError where an operator has none.
+    """
+    own = module._parameters
+    with (
+        torch.no_grad(),
+        torch.random.fork_rng(devices=[]),
+        sdpa_kernel(SDPBackend.MATH),
+        _without_mkldnn(),
+        forward_ad.dual_level(),
+    ):
+        if random_state is not None:
+            torch.set_rng_state(random_state)
+        swapped: dict[str, Tensor] = {name: buffer.clone() for name, buffer in module.named_buffers()}
+        for name, towards in direction.items():
+            parameter = own[name]
+            if parameter is not None:
+                dual = forward_ad.make_dual(parameter.detach(), towards.to(parameter.dtype))  # type: ignore[no-untyped-call]
+                swapped[name] = dual
+        try:
+            output = functional_call(module, swapped, args, kwargs)
+        except NotImplementedError as error:
+            raise InrunError(
+                f"{type(module).__name__}: one of its operators has no forward-mode derivative ({error}). "
+                "Write a rule with inrun.tangent.register_tangent, or freeze the module "
+                "(requires_grad_(False))."
+            ) from error
+
+        def tangent_of(leaf: Any) -> Any:
+            if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
+                return None
+            primal, towards = forward_ad.unpack_dual(leaf)  # type: ignore[no-untyped-call]
+            return torch.zeros_like(primal) if towards is None else towards
+
+        return tree_map(tangent_of, output)

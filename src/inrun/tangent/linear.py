@@ -1,0 +1,64 @@
+"""Units that are linear in their parameters: the tangent is the unit itself, run with q in place of its parameters.
+
+y = f(a; W) is linear in W for a linear layer (a W^T + b), a convolution, an embedding (rows of W), and the affine part
+of a norm (x^ * w + b with x^ the normalised input, which does not depend on w and b).
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from inrun.errors import InrunError
+from inrun.tangent.rules import register_tangent
+
+
+@register_tangent(
+    nn.Linear,
+    nn.Bilinear,
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+    nn.LayerNorm,
+    nn.GroupNorm,
+    nn.RMSNorm,
+    nn.BatchNorm1d,
+    nn.BatchNorm2d,
+    nn.BatchNorm3d,
+    "transformers.pytorch_utils.Conv1D",
+    "transformers.models.llama.modeling_llama.LlamaRMSNorm",
+    "transformers.models.mistral.modeling_mistral.MistralRMSNorm",
+    "transformers.models.qwen2.modeling_qwen2.Qwen2RMSNorm",
+    "transformers.models.qwen3.modeling_qwen3.Qwen3RMSNorm",
+)
+def linear_in_parameters(
+    module: nn.Module, direction: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """The module with `direction` for its parameters (zero for those it does not name), on the same input."""
+    swapped = {name: buffer.clone() for name, buffer in module.named_buffers()}  # running statistics stay as they are
+    for name, parameter in module.named_parameters(recurse=False):
+        swapped[name] = direction[name] if name in direction else torch.zeros_like(parameter)
+    with torch.no_grad():
+        return functional_call(module, swapped, args, kwargs)
+
+
+@register_tangent(nn.Embedding)
+def embedding(module: nn.Module, direction: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Rows of q; the padding row receives no gradient, so it moves nothing."""
+    if not isinstance(module, nn.Embedding):
+        raise TypeError(f"expected nn.Embedding, got {type(module).__name__}")
+    if module.max_norm is not None or module.scale_grad_by_freq:
+        raise InrunError(
+            "an embedding with max_norm or scale_grad_by_freq does not move along its gradient, so its "
+            "values cannot be exact. Build it without that option."
+        )
+    q = direction["weight"]
+    if module.padding_idx is not None:
+        q = q.clone()
+        q[module.padding_idx] = 0
+    return linear_in_parameters(module, {"weight": q}, args, kwargs)

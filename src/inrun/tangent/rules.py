@@ -1,0 +1,52 @@
+"""Which rule gives a module's tangent: by its exact type, and the generic one for every other."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from inrun.tangent.generic import forward_mode
+
+# rule(module, direction by parameter name, args, kwargs) -> tangents, in the structure of the module's output
+Rule = Callable[[nn.Module, Mapping[str, Tensor], tuple[Any, ...], dict[str, Any]], Any]
+
+_rules: dict[type[nn.Module] | str, Rule] = {}
+
+
+def register_tangent(*kinds: type[nn.Module] | str) -> Callable[[Rule], Rule]:
+    """Use a rule for modules of exactly these types, or of types with these full names (which are then not "
+    "imported)."""
+
+    def decorate(rule: Rule) -> Rule:
+        for kind in kinds:
+            _rules[kind] = rule
+        return rule
+
+    return decorate
+
+
+def _rule_of(module: nn.Module) -> Rule | None:
+    kind = type(module)
+    return _rules.get(kind) or _rules.get(f"{kind.__module__}.{kind.__qualname__}")
+
+
+def has_closed_form(module: nn.Module) -> bool:
+    """Whether a rule was written for this type; a module without one is run again in forward mode."""
+    return _rule_of(module) is not None
+
+
+def tangent(
+    module: nn.Module,
+    direction: Mapping[str, Tensor],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    random_state: Tensor | None = None,
+) -> Any:
+    """The derivative of module(*args, **kwargs) in `direction` of its own parameters, in the structure of the output.
+
+    Parameters that `direction` does not name stand still. `random_state` is the generator's before the call.
+    """
+    rule = _rule_of(module)
+    if rule is not None:
+        return rule(module, direction, args, kwargs)
+    return forward_mode(module, direction, args, kwargs, random_state)

@@ -1,0 +1,33 @@
+"""Stochastic gradient descent: an affine move, whose chord is the learning rate times a constant."""
+
+import torch
+from torch import Tensor
+
+from inrun.update.base import Moved, Update, register
+
+
+@register(torch.optim.SGD)
+class SGDUpdate(Update):
+    """torch.optim.SGD with momentum, dampening, Nesterov, weight decay and maximize."""
+
+    def displacement(self, moved: Moved, s: float, *, decay: bool = True) -> Tensor:
+        group, buffer = moved.group, moved.state.get("momentum_buffer")
+        gradient = moved.gradient * (-s if group["maximize"] else s)
+        if decay and group["weight_decay"] != 0:
+            gradient = gradient.add(moved.weight, alpha=group["weight_decay"])
+        momentum = group["momentum"]
+        move = gradient
+        if momentum != 0 and buffer is not None:
+            move = torch.add(momentum * buffer, gradient, alpha=1 - group["dampening"])
+        if momentum != 0 and group["nesterov"]:
+            move = gradient.add(move, alpha=momentum)
+        return move.mul(-float(group["lr"]))
+
+    def chord(self, moved: Moved, a: float, b: float) -> Tensor:
+        group = moved.group
+        rate = float(group["lr"]) * (b - a)
+        if group["momentum"] != 0:
+            # torch does not dampen the gradient that starts the buffer
+            share = 1.0 if moved.state.get("momentum_buffer") is None else 1 - group["dampening"]
+            rate *= 1 + group["momentum"] * share if group["nesterov"] else share
+        return torch.full_like(moved.gradient, -rate if group["maximize"] else rate)

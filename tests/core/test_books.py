@@ -1,0 +1,138 @@
+"""The two checks: a use of a parameter that was not seen is an error that names it, and the accounts add up."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim import SGD, AdamW
+
+from inrun import Attributor, ConservationError, InrunError, Ledger
+from inrun.books import groups_of
+from inrun.capture import find_units
+from tests.models import CASES, GPT, class_losses, mlp, vectors
+
+
+class Hidden(nn.Module):
+    """Uses the weight of a layer without calling it, as some attention and state-space modules do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen, self.unseen = nn.Linear(6, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(torch.tanh(self.seen(x)), self.unseen.weight, self.unseen.bias)
+
+
+def attributed_step(model: nn.Module, loss: Callable[[], Tensor]) -> None:
+    optimizer = SGD(model.parameters(), lr=0.1)
+    target = {"t": vectors(3, 1)}
+    with Attributor(model, optimizer, target, lambda m, b: class_losses(m, b).mean()) as attributor:
+        with attributor.batch(range(4)):
+            loss().backward()
+        optimizer.step()
+
+
+def test_a_parameter_read_without_calling_its_module_is_named() -> None:
+    model = Hidden()
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    with pytest.raises(ConservationError, match=r"unseen\.weight, unseen\.bias.*F\.linear.*freeze"):
+        attributed_step(model, lambda: class_losses(model, vectors(4, 0)).mean())
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())  # before any harm
+
+
+def test_a_penalty_on_the_weights_in_the_loss_is_named() -> None:
+    model = mlp()
+    with pytest.raises(ConservationError, match=r"\b0\.weight.*penalty"):
+        attributed_step(
+            model, lambda: class_losses(model, vectors(4, 0)).mean() + 0.1 * next(model.parameters()).square().sum()
+        )
+
+
+def test_gradients_that_were_not_zeroed_are_found() -> None:
+    model = mlp()
+    class_losses(model, vectors(4, 5)).mean().backward()
+    with pytest.raises(ConservationError, match="not zeroed"):
+        attributed_step(model, lambda: class_losses(model, vectors(4, 0)).mean())
+
+
+def test_noise_on_the_gradient_is_refused() -> None:
+    model = mlp()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    attributor = Attributor(model, optimizer, {"t": vectors(3, 1)}, lambda m, b: class_losses(m, b).mean())
+    with attributor.batch(range(4)):
+        class_losses(model, vectors(4, 0)).mean().backward()
+    for p in model.parameters():
+        assert p.grad is not None
+        p.grad.add_(torch.randn_like(p.grad))
+    with pytest.raises(InrunError, match="more than clipping or scaling"):
+        optimizer.step()
+
+
+def test_a_batch_overwritten_before_the_step_is_refused() -> None:
+    """A loop that loads the next batch into the same memory would have its values computed on the wrong inputs."""
+    case = CASES["gpt"]
+    model = case.build()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    attributor = Attributor(model, optimizer, {"t": case.batch(3, 1)}, case.loss)
+    memory = case.batch(4, 0)
+    with attributor.batch(range(4)):
+        case.loss(model, memory).backward()
+    memory.copy_(case.batch(4, 1))
+    with pytest.raises(InrunError, match=r"^wte: an input of this module was changed in place"):
+        optimizer.step()
+
+
+def test_tied_weights_are_one_group_and_others_stand_alone() -> None:
+    model = GPT()
+    units = find_units(model, set(model.parameters()))
+    tied = [g for g in groups_of(units) if len(g.units) > 1]
+    assert [sorted(u.name for u in g.units) for g in tied] == [["lm_head", "wte"]]
+    assert sum(len(g.units) for g in groups_of(units)) == len(units)
+
+
+def test_the_accounts_add_up_to_the_real_loss_drop(tmp_path: Path) -> None:
+    """Audited at every step on one fixed target batch, the drops are the target's loss from first to last."""
+    case = CASES["gpt"]
+    torch.manual_seed(0)
+    model = case.build()
+    optimizer = AdamW(model.parameters(), lr=3e-3, weight_decay=0.5)
+    target = case.batch(6, 99)
+    with torch.no_grad():
+        first = float(case.loss(model, target))
+    with Attributor(model, optimizer, {"t": target}, case.loss, nodes=3, ledger=tmp_path, audit_every=1) as attributor:
+        for step in range(30):
+            with attributor.batch(range(8)):
+                case.loss(model, case.batch(8, step % 3)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    with torch.no_grad():
+        last = float(case.loss(model, target))
+    books = Ledger(tmp_path).steps("t")
+    assert books["loss_before"][0] == pytest.approx(first, abs=1e-6)
+    assert books["loss_after"][-1] == pytest.approx(last, abs=1e-6)
+    assert books["loss_after"][:-1].to_list() == pytest.approx(books["loss_before"][1:].to_list(), abs=1e-6)
+    total = {name: float(books[name].sum()) for name in ("value", "momentum", "decay", "unexplained")}
+    assert sum(total.values()) == pytest.approx(first - last, abs=1e-5)
+    assert abs(total["unexplained"]) < 0.05 * abs(first - last)
+    assert all(abs(total[name]) > 1e-4 for name in ("momentum", "decay"))
+    assert books["conservation"].max() < 1e-6  # type: ignore[operator]
+
+
+def test_a_move_other_than_the_displacement_is_found() -> None:
+    model = mlp()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    attributor = Attributor(model, optimizer, {"t": vectors(3, 1)}, lambda m, b: class_losses(m, b).mean())
+
+    def also_shrink(*_: object) -> None:
+        with torch.no_grad():
+            next(model.parameters()).mul_(0.9)
+
+    # a hook that runs between the attributor's two, as another library's would
+    optimizer.register_step_pre_hook(also_shrink)
+    with attributor.batch(range(4)):
+        class_losses(model, vectors(4, 0)).mean().backward()
+    with pytest.raises(InrunError, match=r"^0\.weight: the optimizer moved this parameter otherwise"):
+        optimizer.step()

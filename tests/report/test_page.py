@@ -1,0 +1,281 @@
+"""The page about a run: whole, self-contained, escaped, and its numbers those of the ledger."""
+
+import base64
+import hashlib
+import html
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+
+from inrun.ledger import Ledger, LedgerError, LedgerWriter, write_examples
+from inrun.report import ReportError, figures, group_columns, one_line, page, printable, write_report
+
+EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\x1b[31m\u202e [bold]"
+TARGETS = ["math", "code & <b>co</b>"]
+RUN = {
+    "identity": {"scheme": "path", "nodes": 1, "optimizer": "AdamW"},
+    "targets": TARGETS,
+    "versions": {"torch": "2.13.0"},
+    "note": EVIL,
+}
+SOURCES = ["math", "prose", EVIL]
+
+
+def write_ledger(
+    folder: Path, *, steps: int = 60, targets: list[str] = TARGETS, audit: int = 10, skip: int | None = 7
+) -> Path:
+    """A ledger of `steps` steps of four uses of 24 examples; every `audit`-th step audited, step `skip` skipped."""
+    generator = np.random.default_rng(0)
+    with LedgerWriter(folder, {**RUN, "targets": targets}) as writer:
+        for step in range(1, steps + 1):
+            used = generator.integers(0, 24, 4)
+            values = {name: generator.normal(0.01, 0.02, 4) for name in targets}
+            rows: list[dict[str, Any]] = []
+            for name in targets:
+                total = float(values[name].sum())
+                row = {
+                    "target": name,
+                    "loss": 5.0 / step,
+                    "train_loss": 6.0 / step,
+                    "value": total,
+                    "conservation": 1e-9,
+                }
+                if step == skip:
+                    row |= {"loss": float("nan"), "value": None, "skipped": True, "conservation": None}
+                elif audit and step % audit == 0:
+                    row |= {"loss_before": 2.0, "loss_after": 2.0 - total - 0.25, "momentum": 0.125}
+                    row |= {"decay": 0.0625, "unexplained": 0.0625}
+                rows.append(row)
+            writer.book(step, [f"e{one}" for one in used], {} if step == skip else values, rows)
+    return folder
+
+
+def add_examples(folder: Path) -> None:
+    """23 of the 24 examples: the last is in no group."""
+    ids = [f"e{i}" for i in range(23)]
+    texts = [EVIL if i % 2 else f"plain text of {i}" for i in range(23)]
+    frame = {"id": ids, "document": ids, "domain": [SOURCES[i % 3] for i in range(23)], "preview": texts}
+    write_examples(folder, pl.DataFrame(frame))
+
+
+class Page(HTMLParser):
+    """The tags of a page, its visible text and its figures."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.figures: dict[str, Any] = {}
+        self.scripts: list[str] = []
+        self._inside: str | None = None
+        self.source = path.read_text(encoding="utf-8")
+        self.feed(self.source)
+        self.close()
+        self.text = " ".join(self.text.split())
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag in ("script", "style"):
+            self._inside = dict(attrs).get("id") or tag
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in ("script", "style"):
+            self._inside = None
+
+    def handle_data(self, data: str) -> None:
+        if self._inside is None:
+            self.text += data
+        elif self._inside.endswith("-data"):
+            self.figures[self._inside.removesuffix("-data")] = json.loads(data)
+        elif self._inside == "script":
+            self.scripts.append(data)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = write_ledger(tmp_path_factory.mktemp("ledger") / "my-run")
+    add_examples(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def shown(folder: Path) -> Page:
+    return Page(write_report(folder))
+
+
+def test_the_page_is_one_file_that_asks_nothing_of_the_network(folder: Path, shown: Page) -> None:
+    assert (folder / "report.html").stat().st_size < 10_000_000
+    assert not [path.name for path in folder.iterdir() if path.name.startswith(".report")]
+    for tag, attributes in shown.tags:
+        assert tag not in ("iframe", "img", "object", "embed", "base")
+        assert "src" not in attributes
+        assert (attributes.get("href") or "#").startswith(("#", "data:"))
+    policy = next(a["content"] for _, a in shown.tags if a.get("http-equiv") == "Content-Security-Policy")
+    assert policy is not None
+    assert policy.startswith("default-src 'none'; script-src 'sha256-")
+    # a browser runs exactly the scripts whose hashes the policy lists
+    hashes = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in shown.scripts]
+    assert re.findall(r"'sha256-([^']+)'", policy) == hashes
+
+
+def test_only_the_pages_own_scripts_are_scripts(shown: Page) -> None:
+    scripts = [attributes for tag, attributes in shown.tags if tag == "script"]
+    assert [a for a in scripts if a.get("type") != "application/json"] == [{}, {}]
+    assert len(scripts) - 2 == len(shown.figures)
+    assert html.escape(EVIL.split("\x1b")[0]) in shown.source
+    assert "\x1b" not in shown.source
+    assert "\u202e" not in shown.source
+
+
+def test_the_head_says_what_ran_and_how_to_read_it(shown: Page) -> None:
+    for words in ("my-run", "nats of a target's loss", "Positive helped", "scheme path", "optimizer AdamW", "2.13.0"):
+        assert words.replace(" ", "") in shown.text.replace(" ", "")
+    assert "stepsbooked60" in shown.text.replace(" ", "")
+
+
+def test_the_heat_map_shows_the_ledgers_totals(folder: Path, shown: Page) -> None:
+    by = Ledger(folder).by("domain")
+    trace = shown.figures["heat-plot"]["data"][0]
+    assert sorted(z for row in trace["z"] for z in row) == pytest.approx(sorted(by["value"]))
+    assert trace["zmin"] == -trace["zmax"]
+    axis = shown.figures["heat-plot"]["layout"]["yaxis"]
+    assert axis["ticktext"][0] == "math"  # named like a target, so first
+    assert "(none)" in axis["ticktext"]
+    assert not any("<" in text for text in axis["ticktext"])
+
+
+def test_the_distribution_counts_every_example_and_states_the_share_below_zero(folder: Path, shown: Page) -> None:
+    values = Ledger(folder).values("math")
+    assert sum(shown.figures["spread-1"]["data"][0]["y"]) == values.height
+    below = int((values["value"] < 0).sum())
+    assert f"below zero ({below} of {values.height} examples)" in shown.text
+
+
+def test_the_running_totals_end_at_the_groups_totals(folder: Path, shown: Page) -> None:
+    by = Ledger(folder).by("domain", "math")
+    ends = {
+        trace["name"]: trace["y"][-1]
+        for trace in shown.figures["time-plot"]["data"]
+        if trace["meta"] == {"target": "math", "view": "total"}
+    }
+    assert ends == pytest.approx({figures.label(name): value for name, value in by.select("domain", "value").rows()})
+
+
+def test_the_best_and_worst_examples_are_those_of_the_ledger(folder: Path, shown: Page) -> None:
+    ledger = Ledger(folder)
+    section = shown.text.split("Best and worst examples")[1].split("The books")[0]
+    ids = re.findall(r"id (e\d+)", section)
+    expected: list[str] = []
+    for target in (*TARGETS, None):
+        expected += [*ledger.top(10, target)["id"], *ledger.bottom(10, target)["id"]]
+    assert ids == expected
+    assert EVIL.split("\x1b")[0] in section
+
+
+def test_the_books_add_up_over_the_audited_steps(folder: Path) -> None:
+    steps = Ledger(folder).steps()
+    books = page.books(steps)
+    for row in books["rows"]:
+        assert row["audited"] == 6
+        assert row["drop"] == pytest.approx(row["value"] + 0.25 * 6)
+        assert row["drop"] == pytest.approx(row["value"] + row["momentum"] + row["decay"] + row["unexplained"])
+        assert row["unexplained_share"] == pytest.approx(0.0625 * 6 / row["drop"])
+    assert books["skipped"] == [7]
+    assert books["conservation"]["conservation"] == 1e-9
+
+
+def test_a_poor_run_leaves_out_what_it_has_not_and_says_why(tmp_path: Path) -> None:
+    shown = Page(write_report(write_ledger(tmp_path, steps=1, targets=["only"], audit=0, skip=None)))
+    assert "the run has no examples table" in shown.text
+    assert "No step was audited" in shown.text
+    assert "no step was skipped" in shown.text
+    assert {"loss-plot", "spread-1"} == set(shown.figures)
+
+
+def test_a_run_without_a_step_is_a_page_too(tmp_path: Path) -> None:
+    with LedgerWriter(tmp_path, {"targets": ["math"]}):
+        pass
+    shown = Page(write_report(tmp_path))
+    assert shown.figures == {}
+    assert "No value was booked" in shown.text
+
+
+def test_examples_without_a_column_to_group_by_say_so(tmp_path: Path) -> None:
+    write_ledger(tmp_path, steps=3)
+    write_examples(tmp_path, pl.DataFrame({"id": [f"e{i}" for i in range(60)], "name": [f"n{i}" for i in range(60)]}))
+    shown = Page(write_report(tmp_path))
+    assert "no column named “domain” or “source”" in shown.text
+    assert "heat-plot" not in shown.figures
+    shown = Page(write_report(tmp_path, group="name"))
+    assert "heat-plot" in shown.figures
+
+
+def test_group_columns_prefer_domain_then_source_then_few_valued_text(tmp_path: Path) -> None:
+    write_ledger(tmp_path, steps=3)
+    n = 60
+    frame = {
+        "id": [f"e{i}" for i in range(n)],
+        "document": [f"d{i}" for i in range(n)],
+        "tokens": list(range(n)),
+        "language": ["en", "de"] * 30,
+        "source": [f"s{i}" for i in range(n)],
+        "text": ["t"] * n,
+    }
+    write_examples(tmp_path, pl.DataFrame(frame))
+    assert group_columns(Ledger(tmp_path)) == ["source", "language"]
+
+
+def test_errors_name_the_column_the_folder_and_the_file(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(LedgerError, match="colour"):
+        write_report(folder, group="colour")
+    with pytest.raises(LedgerError, match=r"run\.json"):
+        write_report(tmp_path)
+    taken = tmp_path / "taken"
+    taken.mkdir()
+    with pytest.raises(ReportError, match="taken"):
+        write_report(folder, taken)
+    assert list(taken.iterdir()) == []
+    assert list(tmp_path.iterdir()) == [taken]
+
+
+def test_a_report_goes_where_it_is_told(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "new" / "page.html"
+    assert write_report(folder, out) == out
+    assert list(out.parent.iterdir()) == [out]
+
+
+def test_long_curves_are_means_of_equal_runs_of_steps() -> None:
+    curve = pl.DataFrame({"step": range(1, 2001), "y": [float(i) for i in range(2000)]})
+    points, window = figures.thin(curve, most=600)
+    assert window == 4
+    assert points.height == 500
+    assert points["y"].mean() == pytest.approx(curve["y"].mean())
+    assert points["y"][0] == pytest.approx(1.5)
+    gaps = pl.DataFrame({"step": [1, 2, 3], "y": [1.0, float("nan"), None]})
+    assert figures.thin(gaps)[0]["step"].to_list() == [1]
+
+
+def test_many_groups_end_in_one_row_that_keeps_the_totals() -> None:
+    names = [f"g{i:03d}" for i in range(100)]
+    by = pl.DataFrame(
+        {"kind": names, "target": ["t"] * 100, "value": [1.0 / (i + 1) for i in range(100)], "count": [2] * 100}
+    ).with_columns(examples=pl.lit(1))
+    rows = figures.heat_rows(by, "kind", ["t"])
+    assert rows.height == 40
+    assert rows["group"][-1] == "61 smaller groups"
+    assert rows["value:t"].sum() == pytest.approx(by["value"].sum())
+    assert rows["uses"].sum() == 200
+
+
+@pytest.mark.parametrize(
+    ("text", "line"), [("a\nb\t c", "a b c"), ("x" * 300, "x" * 199 + "…"), ("\x1b[2J\u202eok", "[2J ok")]
+)
+def test_text_is_shown_on_one_line_without_control_characters(text: str, line: str) -> None:
+    assert one_line(text) == line
+    assert printable("a\nb\x00") == "a\nb "
