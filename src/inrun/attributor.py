@@ -39,13 +39,15 @@ class Step:
     """The values of one optimizer step: `values[target]` is a float64 tensor [examples] in nats, in the order of `ids`.
 
     Positive helps: the example lowered the target's loss. `losses[target]` is the target's loss where its gradient was
-    taken. A step skipped for a non-finite number has no values.
+    taken. `train_loss` is the sum of the losses that the step's batches reported, None if one did not. A step skipped
+    for a non-finite number has no values.
     """
 
     step: int
     ids: list[Id]
     values: dict[str, Tensor]
     losses: dict[str, float]
+    train_loss: float | None = None
     skipped: bool = False
 
 
@@ -270,7 +272,7 @@ class Attributor:
                     f"batch with the ids {ids[:8]}, lower the "
                     "learning rate, or give nonfinite='skip' to book such steps as skipped."
                 ) from None
-            self._waiting = _Waiting(Step(self.step + 1, ids, {}, {}, skipped=True))
+            self._waiting = _Waiting(Step(self.step + 1, ids, {}, {}, self._train_loss(), skipped=True))
 
     def _evaluate(self, step: int, ids: list[Id], moves: Mapping[nn.Parameter, Moved]) -> "_Waiting":
         """The values of the step that the optimizer is about to take. Changes nothing."""
@@ -295,7 +297,8 @@ class Attributor:
             conservation[name] = check_conservation(
                 self._groups, seen, size, self._received.raw, q, f"step {step}, target {name!r}"
             )
-        waiting = _Waiting(Step(step, ids, values, {name: d.loss for name, d in found.items()}), conservation, losses)
+        at = {name: direction.loss for name, direction in found.items()}
+        waiting = _Waiting(Step(step, ids, values, at, self._train_loss()), conservation, losses)
         if audited or not self._move_checked:
             waiting.before = {p: p.detach().clone() for p in moves}
             waiting.expected = displacements(self._update, moves, 1.0)
@@ -315,17 +318,22 @@ class Attributor:
         if self._ledger is not None:
             self._ledger.book(result.step, result.ids, {name: v.numpy() for name, v in result.values.items()}, rows)
 
+    def _train_loss(self) -> float | None:
+        reported = [microbatch.loss for microbatch in self._pending]
+        return (
+            None
+            if any(loss is None for loss in reported)
+            else sum(float(loss) for loss in reported if loss is not None)
+        )
+
     def _row(self, target: Target, waiting: "_Waiting") -> dict[str, Any]:
         """The step's row of the ledger's steps table for one target."""
         result, name = waiting.step, target.name
-        reported = [microbatch.loss for microbatch in self._pending]
         row: dict[str, Any] = {
             "step": result.step,
             "target": name,
             "examples": len(result.ids),
-            "train_loss": None
-            if any(loss is None for loss in reported)
-            else sum(float(loss) for loss in reported if loss is not None),
+            "train_loss": result.train_loss,
             "learning_rate": max(float(group["lr"]) for group in self.optimizer.param_groups),
             "skipped": result.skipped,
         }

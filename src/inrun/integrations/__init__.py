@@ -1,0 +1,1 @@
+"""Where people train: one line on the trainer they have."""

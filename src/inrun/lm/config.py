@@ -1,0 +1,137 @@
+"""What `inrun train` is told, as it is stored with the run."""
+
+import json
+import os
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from tyro.conf import Positional, arg
+
+from inrun.errors import InrunError
+
+CONFIG = "config.json"
+
+
+class ConfigError(InrunError):
+    """Options that do not go together, or not with the run that they are to continue."""
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train a causal language model on your text, and keep the value of every training example for each target.
+
+    Example: inrun train corpus.jsonl --out runs/first --model tiny --target-from domain
+    """
+
+    data: Annotated[Positional[tuple[str, ...]], arg(metavar="DATA")] = ()
+    """Text to train on: .jsonl, .parquet, .csv, a folder of text files, a `datasets` name or path; several join."""
+    out: Annotated[Path, arg(metavar="RUN")] = Path("runs/train")
+    """The run's folder: configuration, tokens, checkpoints, the ledger of values, the model."""
+    resume: bool = False
+    """Continue the run in RUN from its last checkpoint; the other options may then be left out."""
+
+    target: Annotated[tuple[str, ...], arg(metavar="NAME=FILE")] = ()
+    """A target and the text that it is: --target math=math.jsonl law=law.jsonl."""
+    target_from: Annotated[str | None, arg(metavar="COLUMN")] = None
+    """Hold a share of every group of this column out of training, as a target named like the group."""
+    target_share: float = 0.05
+    """The share of a group's documents that --target-from holds out."""
+    target_examples: int = 64
+    """The most examples of a target that are used, spread evenly over its text."""
+    target_batch: int = 8
+    """Examples of each target that one step's values are for; the target's batches are used in rotation."""
+
+    text_column: str = "text"
+    """The column that holds the text."""
+    id_column: str | None = None
+    """The column that holds a document's id; by default `id` if there is one, else file and row."""
+    split: str = "train"
+    """The split of a `datasets` source."""
+
+    model: str = "tiny"
+    """A preset (tiny, small, gpt2-small, pythia-410m, ...), a configuration, or a folder of pretrained weights."""
+    tokenizer: Path | None = None
+    """A tokenizer's folder; by default that of the pretrained weights, or one trained on the text."""
+    vocab_size: int | None = None
+    """The vocabulary of a tokenizer trained on the text; by default the preset's."""
+    sequence: int | None = None
+    """Tokens of an example at the most; this and what follows are the preset's by default."""
+    batch: int | None = None
+    """Examples of a step; with --accumulation, of each of its parts."""
+    accumulation: int = 1
+    """Batches whose gradients are added up for one step."""
+    steps: int | None = None
+    """Optimizer steps."""
+    epochs: float | None = None
+    """Passes over the text, instead of --steps."""
+    learning_rate: float | None = None
+    """The rate after warm-up."""
+    min_learning_rate: float | None = None
+    """The rate at the end of the cosine."""
+    warmup_steps: int | None = None
+    """Steps over which the rate rises."""
+    weight_decay: float | None = None
+    """AdamW's decay, of matrices only."""
+    clip: float | None = None
+    """The norm that the gradient is clipped to; 0 for no clipping."""
+
+    scheme: Literal["path", "first"] = "path"
+    """How a value is computed: along the optimizer's move, or the paper's first order."""
+    nodes: int = 1
+    """Points of the path at which the target's gradient is taken."""
+    audit_every: int = 50
+    """Steps between audits of the books; 0 for none."""
+    nonfinite: Literal["stop", "skip"] = "stop"
+    """What a step does whose gradient or target loss is not finite."""
+    seed: int = 0
+    """Of the weights, the order of the examples and the held-out share."""
+    save_every: int = 500
+    """Steps between checkpoints."""
+
+    def store(self) -> None:
+        """Write the configuration into the run's folder, whole or not at all."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        temporary = self.out / f".{CONFIG}"
+        temporary.write_text(json.dumps(asdict(self), indent=2, default=str) + "\n", encoding="utf-8")
+        os.replace(temporary, self.out / CONFIG)
+
+    @classmethod
+    def stored(cls, folder: Path) -> Self | None:
+        """The configuration of the run in a folder, if there is one."""
+        path = folder / CONFIG
+        if not path.exists():
+            return None
+        try:
+            found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            for name, value in found.items():
+                if isinstance(value, list):
+                    found[name] = tuple(value)
+                elif value is not None and name in ("out", "tokenizer"):
+                    found[name] = Path(value)
+            return cls(**found)
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise ConfigError(f"{path}: not the configuration of a run ({error}); choose another folder.") from error
+
+    def continued(self) -> "Train":
+        """The configuration of the run in `out`, which the options given now must not contradict."""
+        before = Train.stored(self.out)
+        if before is None:
+            if not self.data:
+                raise ConfigError(f"{self.out}: no run to resume here (no {CONFIG}); give the data to begin one.")
+            return self
+        if before.out != self.out:
+            before = replace(before, out=self.out)  # the folder was moved
+        default = Train()
+        differing = [
+            f"--{f.name.replace('_', '-')} {getattr(self, f.name)} (the run has {getattr(before, f.name)})"
+            for f in fields(self)
+            if f.name not in ("resume", "out")
+            and getattr(self, f.name) not in (getattr(default, f.name), getattr(before, f.name))
+        ]
+        if differing:
+            raise ConfigError(
+                f"{self.out}: the run to resume was begun with other options: {'; '.join(differing)}. "
+                "Leave them out, or choose another folder for another run."
+            )
+        return before

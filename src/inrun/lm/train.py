@@ -1,0 +1,238 @@
+"""`inrun train`: text to tokens to model to Trainer, with every example valued on the way.
+
+A run's folder holds its configuration, the tokenizer, the tokens (of the text and of every target), the Trainer's
+checkpoints, the ledger and, at the end, the model. Each is written whole or not at all, so that a run killed at any
+moment goes on with `--resume` and ends with the same ledger as one that was not.
+"""
+
+import math
+import os
+import shutil
+from collections.abc import Iterator
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from rich.console import Console
+from transformers import PreTrainedTokenizerFast, PrinterCallback, Trainer, TrainingArguments
+
+from inrun.integrations.transformers import attach, last_checkpoint
+from inrun.ledger import write_examples
+from inrun.lm.config import CONFIG, ConfigError, Train
+from inrun.lm.documents import Document, check_ids, read_documents
+from inrun.lm.presets import PRESETS, Preset, build_model
+from inrun.lm.progress import ProgressCallback
+from inrun.lm.tokens import (
+    Collate,
+    TokenStore,
+    build,
+    fingerprint,
+    fixed_batches,
+    held_out_ids,
+    load_tokenizer,
+    train_tokenizer,
+)
+
+TOKENIZER_DOCUMENTS = 20_000  # a tokenizer is trained on the first of them
+
+
+def train(config: Train, console: Console) -> Path:
+    """Carry out a run, or the rest of one, and return its folder.
+
+    Raises InrunError for options, text, models and folders that cannot be used.
+    """
+    config = _begin(config)
+    run = config.out
+    transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    preset = PRESETS.get(config.model, Preset("", PRESETS["tiny"].architecture, sequence=1024, vocab_size=32_000))
+    sequence = config.sequence or preset.sequence
+    tokenizer = _tokenizer(config, preset.vocab_size, console)
+    text, targets = _tokens(config, tokenizer, sequence, console)
+    torch.manual_seed(config.seed)
+    model = build_model(config.model, len(tokenizer), sequence, eos=tokenizer.eos_token_id)
+    steps = _steps(config, preset, len(text))
+    _say(console, config, model, text, targets, steps)
+    trainer = Trainer(
+        model=model,
+        args=_arguments(config, preset, steps),
+        train_dataset=text,
+        data_collator=Collate(text.pad),
+    )
+    trainer.remove_callback(PrinterCallback)
+    write_examples(run, text.examples())
+    batches = {
+        name: fixed_batches(store, config.target_batch, config.target_examples) for name, store in targets.items()
+    }
+    attached = attach(
+        trainer,
+        batches,
+        ledger=run,
+        resume=True,  # the folder was found to be this run's, or new, by _begin
+        scheme=config.scheme,
+        nodes=config.nodes,
+        audit_every=config.audit_every,
+        nonfinite=config.nonfinite,
+    )
+    progress = ProgressCallback(attached, console)
+    trainer.add_callback(progress)
+    checkpoint = last_checkpoint(run / "checkpoints")
+    if checkpoint is not None:
+        console.print(f"resuming after step {checkpoint.name.rpartition('-')[2]}", highlight=False)
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
+    except KeyboardInterrupt:
+        console.print(f"interrupted; go on with: inrun train --out {run} --resume", highlight=False)
+        raise
+    finally:
+        progress.stop()
+    model.save_pretrained(run / "model")
+    tokenizer.save_pretrained(run / "model")
+    console.print(f"values: {run}; see them with: inrun report {run}", highlight=False, soft_wrap=True)
+    return run
+
+
+def _begin(config: Train) -> Train:
+    """Check the folder and keep the configuration in it; the stored one if a run is resumed."""
+    if config.resume:
+        config = config.continued()
+    elif any((config.out / name).exists() for name in (CONFIG, "run.json")):
+        raise ConfigError(f"{config.out} already holds a run: choose another folder with --out, or add --resume.")
+    if not config.data:
+        raise ConfigError("no text to train on: give one or more files, folders or `datasets` names.")
+    if not config.target and config.target_from is None:
+        raise ConfigError(
+            "no target: name a text to value the examples for, as --target math=math.jsonl, or hold a share of every "
+            "group of a column out, as --target-from domain."
+        )
+    if config.steps is not None and config.epochs is not None:
+        raise ConfigError("--steps and --epochs were both given: give one of them.")
+    _target_files(config)
+    config.store()
+    return config
+
+
+def _target_files(config: Train) -> dict[str, str]:
+    files: dict[str, str] = {}
+    for given in config.target:
+        name, sign, path = given.partition("=")
+        if not (name and sign and path) or name in files or Path(name).name != name:
+            raise ConfigError(f"--target {given!r}: give each target once, as NAME=FILE, with a plain name.")
+        files[name] = path
+    return files
+
+
+def _documents(config: Train, path: str) -> Iterator[Document]:
+    return read_documents(path, text_column=config.text_column, id_column=config.id_column, split=config.split)
+
+
+def _tokenizer(config: Train, vocab_size: int, console: Console) -> PreTrainedTokenizerFast:
+    """The run's tokenizer: as stored with it, as named, the pretrained model's, or trained on the text."""
+    stored = config.out / "tokenizer"
+    if not stored.exists():
+        source = config.tokenizer or Path(config.model)
+        if config.tokenizer is not None or (source / "tokenizer.json").exists():
+            tokenizer = load_tokenizer(source)
+        else:
+            size = config.vocab_size or vocab_size
+            console.print(f"training a tokenizer of {size} tokens", highlight=False)
+            documents = chain.from_iterable(_documents(config, path) for path in config.data)
+            texts = (document.text for document in islice(documents, TOKENIZER_DOCUMENTS))
+            tokenizer = train_tokenizer(texts, size)
+        draft = config.out / ".tokenizer"
+        shutil.rmtree(draft, ignore_errors=True)
+        tokenizer.save_pretrained(draft)
+        os.replace(draft, stored)
+    return load_tokenizer(stored)
+
+
+def _tokens(
+    config: Train, tokenizer: PreTrainedTokenizerFast, sequence: int, console: Console
+) -> tuple[TokenStore, dict[str, TokenStore]]:
+    """The tokens of the text to train on and of every target, made once and found again by a resumed run."""
+    held: dict[str, str] = {}
+    if config.target_from is not None:
+        everything = check_ids(chain.from_iterable(_documents(config, path) for path in config.data))
+        held = held_out_ids(everything, config.target_from, config.target_share, config.seed)
+    files = _target_files(config)
+    twice = sorted(set(files) & set(held.values()))
+    if twice:
+        raise ConfigError(f"--target {twice[0]}: a group of {config.target_from} is a target of this name already.")
+
+    def store(place: Path, documents: Iterator[Document], settings: dict[str, Any]) -> TokenStore:
+        if place.exists():
+            found = TokenStore(place)
+            if found.meta["fingerprint"] == fingerprint(tokenizer, sequence=sequence, settings=settings):
+                return found
+            raise ConfigError(f"{place}: tokens of another text or tokenizer; choose another folder for this run.")
+        place.parent.mkdir(parents=True, exist_ok=True)
+        console.print(f"tokenizing {settings['of']}", highlight=False, soft_wrap=True)
+        return build(documents, tokenizer, place, sequence=sequence, settings=settings)
+
+    def text() -> Iterator[Document]:
+        return chain.from_iterable(_documents(config, path) for path in config.data)
+
+    settings = {"data": list(config.data), "from": config.target_from, "share": config.target_share}
+    kept = (document for document in text() if document.id not in held)
+    trained_on = store(config.out / "tokens", kept, {**settings, "of": "the text"})
+    targets = {}
+    for name in sorted(set(held.values())):
+        mine = (document for document in text() if held.get(document.id) == name)
+        targets[name] = store(config.out / "targets" / name, mine, {**settings, "of": f"target {name}"})
+    for name, path in files.items():
+        settings = {"of": f"target {name}", "data": path}
+        targets[name] = store(config.out / "targets" / name, _documents(config, path), settings)
+    return trained_on, targets
+
+
+def _steps(config: Train, preset: Preset, examples: int) -> int:
+    if config.epochs is not None:
+        return max(1, math.ceil(config.epochs * examples / ((config.batch or preset.batch) * config.accumulation)))
+    return config.steps or preset.steps
+
+
+def _arguments(config: Train, preset: Preset, steps: int) -> TrainingArguments:
+    def chosen(name: str) -> Any:
+        given = getattr(config, name)
+        return getattr(preset, name) if given is None else given
+
+    return TrainingArguments(
+        output_dir=str(config.out / "checkpoints"),
+        max_steps=steps,
+        per_device_train_batch_size=chosen("batch"),
+        gradient_accumulation_steps=config.accumulation,
+        optim="adamw_torch",
+        learning_rate=chosen("learning_rate"),
+        lr_scheduler_type="cosine_with_min_lr",
+        lr_scheduler_kwargs={"min_lr": min(chosen("min_learning_rate"), chosen("learning_rate"))},
+        warmup_steps=min(chosen("warmup_steps"), steps // 2),
+        adam_beta1=preset.betas[0],
+        adam_beta2=preset.betas[1],
+        weight_decay=chosen("weight_decay"),
+        max_grad_norm=chosen("clip"),
+        seed=config.seed,
+        save_strategy="steps",
+        save_steps=config.save_every,
+        save_total_limit=2,
+        logging_steps=config.save_every,
+        logging_nan_inf_filter=False,
+        remove_unused_columns=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        disable_tqdm=True,
+        report_to=[],
+    )
+
+
+def _say(
+    console: Console, config: Train, model: Any, text: TokenStore, targets: dict[str, TokenStore], steps: int
+) -> None:
+    parameters = sum(p.numel() for p in model.parameters())
+    console.print(
+        f"{config.model}: {parameters:,} parameters; {len(text):,} examples of {text.meta['documents']:,} documents, "
+        f"{text.meta['tokens']:,} tokens; {steps:,} steps; targets: "
+        + ", ".join(f"{name} ({min(len(store), config.target_examples)} examples)" for name, store in targets.items()),
+        highlight=False,
+        soft_wrap=True,
+    )

@@ -1,0 +1,182 @@
+"""A real Trainer: ids reach the attributor, values are the oracle's, and training is what it was."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import Dataset
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+
+from inrun import Attributor, InrunError, Ledger
+from inrun.integrations.transformers import attach, last_checkpoint, model_loss
+from inrun.lm.tokens import Collate
+from tests.models import VOCABULARY, hugging_face_gpt2
+
+
+class Texts(Dataset[dict[str, Any]]):
+    """Examples of uneven lengths, with ids, and a column that the model does not take."""
+
+    def __init__(self, n: int, seed: int = 0, ids: bool = True) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.rows = [
+            {"input_ids": torch.randint(0, VOCABULARY, (5 + k % 4,), generator=generator), "note": "extra"}
+            for k in range(n)
+        ]
+        if ids:
+            for k, row in enumerate(self.rows):
+                row["id"] = f"text-{k}"
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, k: int) -> dict[str, Any]:
+        return self.rows[k]
+
+
+def trainer_of(folder: Path, data: Dataset[dict[str, Any]], **arguments: Any) -> Trainer:
+    torch.manual_seed(0)
+    settings: dict[str, Any] = {
+        "output_dir": str(folder), "max_steps": 6, "per_device_train_batch_size": 4, "per_device_eval_batch_size": 3,
+        "gradient_accumulation_steps": 2, "learning_rate": 1e-2, "warmup_steps": 2, "max_grad_norm": 0.5, "logging_steps": 1,
+        "save_strategy": "no", "disable_tqdm": True, "report_to": [], "dataloader_pin_memory": False, "seed": 3,
+    }  # fmt: skip
+    return Trainer(
+        model=hugging_face_gpt2(dropout=0.1),
+        args=TrainingArguments(**(settings | arguments)),
+        train_dataset=data,
+        eval_dataset=Texts(5, seed=9),
+        data_collator=Collate(pad=0),
+    )
+
+
+def losses(trainer: Trainer) -> list[float]:
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def test_training_is_bit_identical_and_every_example_is_valued(tmp_path: Path) -> None:
+    plain = trainer_of(tmp_path / "plain", Texts(20), eval_strategy="steps", eval_steps=2)
+    plain.train()
+    trainer = trainer_of(tmp_path / "attached", Texts(20), eval_strategy="steps", eval_steps=2)
+    attach(
+        trainer,
+        {"dataset": Texts(7, seed=8), "batch": Collate(pad=0)(Texts(3, seed=7, ids=False).rows)},
+        ledger=tmp_path / "run",
+    )
+    trainer.train()
+    assert losses(trainer) == losses(plain)
+    assert trainer.model is not None
+    assert plain.model is not None
+    for (name, p), q in zip(trainer.model.named_parameters(), plain.model.parameters(), strict=True):
+        assert torch.equal(p, q), name
+    assert set(vars(trainer)) == set(vars(plain))
+    ledger = Ledger(tmp_path / "run")
+    assert ledger.run["targets"].keys() == {"dataset", "batch"}
+    assert ledger.run["targets"]["dataset"] == {"batches": 3}
+    values = ledger.values("dataset")
+    assert sorted(values["id"]) == sorted(f"text-{k}" for k in range(20))
+    # six steps of eight examples, the last of each pass of four only, are two passes
+    assert values["count"].to_list() == [2] * 20
+    steps = ledger.steps("batch")
+    assert steps["train_loss"].to_list() == pytest.approx(losses(plain), rel=1e-4)
+
+
+def test_a_trainers_values_are_those_of_the_plain_loop(tmp_path: Path) -> None:
+    """The same model, batches and optimizer by hand: the same values, to the last bit that float32 has."""
+    seen: list[tuple[list[str], dict[str, torch.Tensor]]] = []
+
+    class Spy(TrainerCallback):
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            assert callback.attributor is not None
+            assert callback.attributor.last is not None
+            seen.append((list(map(str, callback.attributor.last.ids)), callback.attributor.last.values))
+
+    target = Collate(pad=0)(Texts(3, seed=7, ids=False).rows)
+    data = Texts(12)
+    trainer = trainer_of(
+        tmp_path,
+        data,
+        gradient_accumulation_steps=1,
+        max_steps=3,
+        warmup_steps=0,
+        lr_scheduler_type="constant",
+        weight_decay=0.0,
+        optim="sgd",
+        learning_rate=0.1,
+    )
+    trainer.model = without_dropout(trainer.model)
+    callback = attach(trainer, {"t": target})
+    trainer.add_callback(Spy())
+    trainer.train()
+
+    torch.manual_seed(0)
+    model = without_dropout(hugging_face_gpt2(dropout=0.1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    rows = {row["id"]: row for row in data.rows}
+    with Attributor(model, optimizer, {"t": target}, model_loss) as attributor:
+        for ids, values in seen:
+            batch = Collate(pad=0)([{"input_ids": rows[i]["input_ids"]} for i in ids])
+            with attributor.batch(ids):
+                model(**batch).loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+            optimizer.step()
+            optimizer.zero_grad()
+            assert attributor.last is not None
+            torch.testing.assert_close(attributor.last.values["t"], values["t"], rtol=1e-4, atol=1e-8)
+
+
+def without_dropout(model: Any) -> PreTrainedModel:
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    assert isinstance(model, PreTrainedModel)
+    return model
+
+
+def test_a_resumed_trainer_has_the_same_ledger(tmp_path: Path) -> None:
+    target = Collate(pad=0)(Texts(3, seed=7, ids=False).rows)
+    whole = trainer_of(tmp_path / "a", Texts(20))
+    attach(whole, {"t": [target, target]}, ledger=tmp_path / "whole")
+    whole.train()
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step == 5:
+                raise KeyboardInterrupt
+
+    first = trainer_of(tmp_path / "b", Texts(20), save_strategy="steps", save_steps=2)
+    attach(first, {"t": [target, target]}, ledger=tmp_path / "resumed")
+    first.add_callback(Stop())
+    with pytest.raises(KeyboardInterrupt):
+        first.train()
+    second = trainer_of(tmp_path / "b", Texts(20), save_strategy="steps", save_steps=2)
+    attach(second, {"t": [target, target]}, ledger=tmp_path / "resumed")
+    checkpoint = last_checkpoint(tmp_path / "b")
+    assert checkpoint is not None
+    assert checkpoint.name == "checkpoint-4"
+    second.train(resume_from_checkpoint=str(checkpoint))
+    for table in ("scan", "steps"):
+        mine, its = (getattr(Ledger(tmp_path / run), table)().lazy().collect() for run in ("resumed", "whole"))
+        assert mine.sort("step", *(["id"] if "id" in mine.columns else [])).equals(
+            its.sort("step", *(["id"] if "id" in its.columns else []))
+        )
+
+
+def test_an_example_without_an_id_is_refused(tmp_path: Path) -> None:
+    target: Mapping[str, Any] = Collate(pad=0)(Texts(3, ids=False).rows)
+    trainer = trainer_of(tmp_path, Texts(20, ids=False))
+    attach(trainer, {"t": target})
+    with pytest.raises(InrunError, match=r"no 'id' column \(it has input_ids\).*id_column="):
+        trainer.train()
+
+
+def test_half_written_checkpoints_are_passed_over(tmp_path: Path) -> None:
+    assert last_checkpoint(tmp_path) is None
+    for step, whole in ((90, True), (100, True), (110, False)):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        if whole:
+            (tmp_path / f"checkpoint-{step}" / "inrun.json").write_text("{}")
+    found = last_checkpoint(tmp_path)
+    assert found is not None
+    assert found.name == "checkpoint-100"
