@@ -12,6 +12,7 @@ One step, from batch to ledger:
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from numbers import Integral
 from os import PathLike
 from types import TracebackType
 from typing import Any, Literal
@@ -134,6 +135,7 @@ class Attributor:
         self._received = Received(self._names)
         self._pending: list[Microbatch] = []
         self._open = False
+        self._id_type: type[int] | type[str] | None = None
         self._waiting: _Waiting | None = None
         self._move_checked = False
         self._ledger: LedgerWriter | None = None
@@ -166,7 +168,11 @@ class Attributor:
             InrunError: ids of another number than the batch's examples, or of other types; no backward pass in the
                 block; gradients that changed since the last block.
         """
+        if not self._hooks:
+            raise InrunError("the attributor is closed or detached: no batch can be valued any more.")
         found = _as_ids(ids)
+        if self._id_type not in (None, type(found[0])):
+            raise InrunError(f"ids were {self._id_type.__name__}s before and are {type(found[0]).__name__}s now.")
         if self._open:
             raise InrunError("a `batch` block was opened inside of another one: close the first before the next.")
         if self._pending:
@@ -183,6 +189,7 @@ class Attributor:
                 "no gradient reached the model inside the `batch` block: call the model and loss.backward() "
                 "both inside of it."
             )
+        self._id_type = type(found[0])
         self._pending.append(microbatch)
         self._received.keep()
 
@@ -262,6 +269,7 @@ class Attributor:
             for p in group["params"]
             if p in self._names and p.grad is not None
         }
+        self._refuse_unseen(moves)
         ids = [i for microbatch in self._pending for i in microbatch.ids]
         try:
             self._waiting = self._evaluate(self.step + 1, ids, moves)
@@ -274,12 +282,38 @@ class Attributor:
                 ) from None
             self._waiting = _Waiting(Step(self.step + 1, ids, {}, {}, self._train_loss(), skipped=True))
 
+    def _refuse_unseen(self, moves: Mapping[nn.Parameter, Moved]) -> None:
+        """Raise InrunError for gradients that the values could not follow."""
+        late = [
+            p
+            for group in self.optimizer.param_groups
+            for p in group["params"]
+            if p.grad is not None and p not in self._names
+        ]
+        if late:
+            raise InrunError(
+                f"the optimizer moves {len(late)} parameter(s) that were frozen, or not yet its own, when the "
+                "Attributor was attached "
+                f"(the first of shape {tuple(late[0].shape)}): detach() and attach again."
+            )
+        if not moves:
+            raise InrunError(
+                "no parameter has a gradient any more: call zero_grad() after optimizer.step(), not before it."
+            )
+        if any(moved.gradient.is_sparse for moved in moves.values()):
+            raise InrunError("sparse gradients are not supported: build the embedding with sparse=False.")
+        if getattr(self.optimizer, "grad_scale", None) is not None:
+            raise InrunError(
+                "a gradient scaler leaves the unscaling to this fused optimizer, which hides the gradient that it "
+                "receives: "
+                "call scaler.unscale_(optimizer) before scaler.step(optimizer)."
+            )
+
     def _evaluate(self, step: int, ids: list[Id], moves: Mapping[nn.Parameter, Moved]) -> "_Waiting":
         """The values of the step that the optimizer is about to take. Changes nothing."""
         gradients = [moved.gradient for moved in moves.values()]
-        if any(gradient.is_sparse for gradient in gradients):
-            raise InrunError("sparse gradients are not supported: build the embedding with sparse=False.")
-        if not bool(torch.stack(torch._foreach_norm(gradients)).isfinite().all()):
+        norms = torch.stack(torch._foreach_norm(gradients))
+        if not bool(norms.isfinite().all()):
             raise NonFiniteError("the gradient is not finite")
         audited = self._audit_every > 0 and step % self._audit_every == 0
         losses = losses_without_data(self._targets, step, self._update, moves) if audited else {}
@@ -298,7 +332,7 @@ class Attributor:
                 self._groups, seen, size, self._received.raw, q, f"step {step}, target {name!r}"
             )
         at = {name: direction.loss for name, direction in found.items()}
-        waiting = _Waiting(Step(step, ids, values, at, self._train_loss()), conservation, losses)
+        waiting = _Waiting(Step(step, ids, values, at, self._train_loss()), conservation, losses, gradients, norms)
         if audited or not self._move_checked:
             waiting.before = {p: p.detach().clone() for p in moves}
             waiting.expected = displacements(self._update, moves, 1.0)
@@ -308,13 +342,21 @@ class Attributor:
         waiting, self._waiting = self._waiting, None
         if waiting is None:
             return
-        for p, expected in waiting.expected.items():
-            check_move(self._names[p], waiting.before[p], p.detach(), expected)
-            self._move_checked = True
+        # the optimizer has moved: the step counts as done, whatever cannot be checked or written now
         result = waiting.step
-        rows = [self._row(target, waiting) for target in self._targets]
-        # the optimizer has moved: the step counts as done even if its rows cannot be written to disk just now
         self.step, self.last, self._pending = result.step, result, []
+        if waiting.norms is not None and not torch.equal(
+            torch.stack(torch._foreach_norm(waiting.gradients)), waiting.norms
+        ):
+            raise InrunError(
+                f"step {result.step}: the gradients were changed inside of optimizer.step(), after the values were "
+                "computed from them "
+                "(a step hook that clips, most likely), so its values would be wrong. Change them before step()."
+            )
+        for p, expected in waiting.expected.items():
+            # a step of no length, as under a rate of zero, shows nothing
+            self._move_checked |= check_move(self._names[p], waiting.before[p], p.detach(), expected)
+        rows = [self._row(target, waiting) for target in self._targets]
         if self._ledger is not None:
             self._ledger.book(result.step, result.ids, {name: v.numpy() for name, v in result.values.items()}, rows)
 
@@ -353,6 +395,8 @@ class _Waiting:
     step: Step
     conservation: dict[str, float] = field(default_factory=dict)
     losses: dict[str, list[float]] = field(default_factory=dict)
+    gradients: list[Tensor] = field(default_factory=list)
+    norms: Tensor | None = None
     before: dict[nn.Parameter, Tensor] = field(default_factory=dict)
     expected: dict[nn.Parameter, Tensor] = field(default_factory=dict)
 
@@ -361,6 +405,8 @@ def _as_ids(ids: Any) -> list[Id]:
     """Ids as a list of ints or of strings."""
     if hasattr(ids, "tolist"):
         ids = ids.tolist()
+    elif isinstance(ids, Sequence) and not isinstance(ids, str):
+        ids = [int(i) if isinstance(i, Integral) and not isinstance(i, bool) else i for i in ids]
     if isinstance(ids, str) or not isinstance(ids, Sequence):
         raise InrunError(f"ids must be a sequence with one int or string per example, got {type(ids).__name__}.")
     kinds = {type(i) for i in ids}

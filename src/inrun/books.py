@@ -10,15 +10,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from inrun.capture import Unit
 from inrun.direction import displaced, displacements
 from inrun.errors import InrunError
+from inrun.probe import Unit
 from inrun.target import Target
 from inrun.update import Moved, Update
 
-# what rounding may do to a group's sum, relative to |G| |q| + sum |b| |tangent|: a hundred times what was measured on
-# the models of the tests (7e-8 in float32, 1e-15 in float64), and far below a missing call or example
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
+# what rounding may do to a group's sum, relative to |G| |q| + sum |b| |tangent|: ten times or more what was measured
+# (7e-8 in float32; 4e-9 in float64 models that compute a norm in float32), and far below a missing call or example
+TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-5}
 
 
 class ConservationError(InrunError):
@@ -72,9 +72,11 @@ def check_conservation(
                 bound[k] += gradients[p].norm() * q[p].norm()
     errors = torch.where(bound > 0, (seen - expected).abs() / bound, 0.0)
     worst = 0.0
-    for group, error, left, right in zip(groups, errors.tolist(), seen.tolist(), expected.tolist(), strict=True):
+    columns = (errors.tolist(), seen.tolist(), expected.tolist(), size.tolist())
+    for group, error, left, right, magnitude in zip(groups, *columns, strict=True):
         tolerance = max(TOLERANCE.get(p.dtype, 3e-2) for p in group.parameters)
-        if not error <= tolerance:
+        unseen = magnitude == 0 and (left != 0 or right != 0)
+        if unseen or not error <= tolerance:
             raise ConservationError(
                 f"{where}: the values that came through {', '.join(group.parameters.values())} add up to "
                 f"{left:.6g}, but <G, q> is "
@@ -85,13 +87,13 @@ def check_conservation(
 
 
 _CAUSES = (
-    "A use of these parameters was not seen. Usual causes: a gradient that was not zeroed before the batch, "
-    "or that came from outside of "
-    "the `batch` block; a parameter read without calling its module, as in F.linear(x, m.weight); a penalty "
-    "on the weights inside the loss "
-    "(use the optimizer's weight_decay); a gradient changed by a hook. If nothing of this can be changed, "
-    "freeze these parameters "
-    "(requires_grad_(False))."
+    "A use of these parameters was not seen. Usual causes: gradients not zeroed before the batch, changed inside its "
+    "block "
+    "(clip after it), or made outside of it; a parameter read without calling its module, as in F.linear(x, m.weight); "
+    "a "
+    "penalty on the weights inside the loss (use the optimizer's weight_decay); autograd.grad() inside the block; a "
+    "hook "
+    "that changes gradients. If nothing of this can be changed, freeze these parameters (requires_grad_(False))."
 )
 
 

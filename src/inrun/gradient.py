@@ -4,6 +4,7 @@ Between the two, a loop may clip or unscale. Example i's contribution follows: g
 as the whole gradient was, so that sum_i g_i = G stays true of the gradient that the optimizer really receives.
 """
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -12,60 +13,76 @@ from torch import Tensor, nn
 from inrun.errors import InrunError
 from inrun.update import Moved
 
+_UNIFORM = 1e-3  # how far the factors of one scaling may differ by rounding, in half precision
+
 
 class Received:
-    """A copy of the gradient at the end of the last batch, and what was done to it since."""
+    """A copy of the gradient at the end of the last batch, against which what was done to it since is seen.
+
+    The values are compared, not their versions: what is written through `.data`, or by a fused kernel, leaves none.
+    """
 
     def __init__(self, names: Mapping[nn.Parameter, str]) -> None:
         self._names = names
         self.raw: dict[nn.Parameter, Tensor] = {}
-        self._seen: dict[nn.Parameter, tuple[Tensor | None, int]] = {}
 
     def keep(self) -> None:
         """Take the copy."""
         for p in self._names:
-            gradient = p.grad
-            if gradient is None:
+            if p.grad is None:
                 self.raw.pop(p, None)
             elif p in self.raw:
-                self.raw[p].copy_(gradient)
+                self.raw[p].copy_(p.grad)
             else:
-                self.raw[p] = gradient.detach().clone()
-            self._seen[p] = gradient, -1 if gradient is None else gradient._version
-
-    def _touched(self, p: nn.Parameter) -> bool:
-        gradient, version = self._seen.get(p, (None, -1))
-        return p.grad is not gradient or (gradient is not None and gradient._version != version)
+                self.raw[p] = p.grad.detach().clone()
 
     def check_untouched(self) -> None:
-        """Raise InrunError if a gradient changed since the copy: accumulation must go on from where it "
-        "was."""
-        changed = [name for p, name in self._names.items() if self._touched(p)]
+        """Raise InrunError if a gradient changed since the copy: accumulation must go on from where it was."""
+        changed = [name for p, name in self._names.items() if not _same(p.grad, self.raw.get(p))]
         if changed:
             raise InrunError(
-                "a `batch` had no optimizer.step(), and the gradients changed before the next one "
-                f"({', '.join(changed[:4])}{', ...' if len(changed) > 4 else ''}). "
-                "If they were dropped on purpose (zero_grad without a step), call attributor.discard(); a "
+                f"a `batch` had no optimizer.step(), and the gradients changed before the next one "
+                f"({', '.join(changed[:4])}{', ...' if len(changed) > 4 else ''}). If they were dropped on purpose "
+                "(zero_grad without a step, or a step that a gradient scaler left out), call attributor.discard(); a "
                 "backward pass outside of a `batch` block belongs inside of one."
             )
 
     def scales(self, moves: Mapping[nn.Parameter, Moved]) -> dict[nn.Parameter, Tensor] | None:
         """Received gradient / made gradient by parameter and coordinate; None if nothing was changed.
 
-        Raises InrunError if it was changed by more than a scaling (clipping and unscaling are; added noise is not).
+        Raises InrunError if it was changed by more than a scaling: one factor for all (clipping by norm, unscaling), or
+        factors from 0 to 1 (clipping by value).
         """
-        if not any(self._touched(p) for p in self._names):
+        if all(_same(moves[p].gradient if p in moves else None, self.raw.get(p)) for p in self._names):
             return None
-        scales = {}
-        for p, raw in self.raw.items():
-            received = moves[p].gradient if p in moves else torch.zeros_like(raw)
-            scale = torch.where(raw == 0, 0, received / raw)
-            if bool((((raw == 0) & (received != 0)) | (scale < 0)).any()):
+        scales, lows, highs, from_nothing = {}, [], [], []
+        for p in self._names:
+            raw, received = self.raw.get(p), moves[p].gradient if p in moves else None
+            raw = torch.zeros_like(p) if raw is None else raw
+            received = torch.zeros_like(p) if received is None else received
+            made = raw != 0
+            factors = received / raw
+            lows.append(factors.masked_fill(~made, math.inf).amin())
+            highs.append(factors.masked_fill(~made, -math.inf).amax())
+            from_nothing.append((received.masked_fill(made, 0) != 0).any())
+            scales[p] = factors.masked_fill_(~made, 0)
+        low, high = torch.stack(lows).tolist(), torch.stack(highs).tolist()
+        least, most = min(low), max(high)
+        uniform = most - least <= _UNIFORM * abs(most)
+        for name, new, smallest, largest in zip(
+            self._names.values(), torch.stack(from_nothing).tolist(), low, high, strict=True
+        ):
+            if new or smallest < 0 or (largest > 1 + _UNIFORM and not uniform):
                 raise InrunError(
-                    f"{self._names[p]}: between backward() and step() its gradient was changed by more than "
-                    "clipping or scaling (a coordinate changed its sign, or "
-                    "came from nothing), so it no longer is the sum of the examples' contributions. Add such "
-                    "terms inside the loss, or in the optimizer."
+                    f"{name}: between backward() and step() its gradient was changed by more than clipping or scaling, "
+                    "so "
+                    "it no longer is the sum of the examples' contributions (noise was added, or a backward pass ran "
+                    "outside of the `batch` block). Add such terms inside the loss, or in the optimizer."
                 )
-            scales[p] = scale
         return scales
+
+
+def _same(x: Tensor | None, y: Tensor | None) -> bool:
+    if x is None or y is None:
+        return x is y
+    return torch.equal(x, y)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from inrun.capture import Unit
+from inrun.probe import Unit
 from inrun.tangent import has_closed_form
 from inrun.target import Target
 

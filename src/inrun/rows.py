@@ -6,13 +6,11 @@ in which order the rows stand. An output that did not change belongs to no examp
 computed once): it is *batchless*, and is expanded so that its gradient arrives per example.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from inrun.errors import InrunError
 
@@ -21,18 +19,23 @@ from inrun.errors import InrunError
 class Rows:
     """Where the examples stand in one tensor.
 
-    `dim` is the dimension that holds them, None for a batchless tensor. Where they are `merged` with another dimension,
-    each example has several entries there: together (`blocks`), or one in every `examples`.
+    The tensor has `ndim` dimensions. `dim` is the one that holds the examples, None for a batchless tensor. Where they
+    are `merged` with another dimension, each example has several entries there: together (`blocks`), or one in every
+    `examples`. `led`: a batchless tensor with a leading dimension of one, which the examples can take.
     """
 
+    ndim: int
     dim: int | None
     merged: bool = False
     blocks: bool = True
+    led: bool = False
 
     def fits(self, x: Tensor, examples: int) -> bool:
         """Whether the tensor can hold this many examples so."""
-        if self.dim is None or self.dim >= x.ndim:
-            return self.dim is None
+        if x.ndim != self.ndim:
+            return False
+        if self.dim is None:
+            return not self.led or x.shape[0] == 1
         entries = x.shape[self.dim]
         return entries % examples == 0 if self.merged else entries == examples
 
@@ -73,67 +76,42 @@ def same(x: Tensor, y: Tensor) -> bool:
     return bool(torch.isclose(x, y, rtol=0.0, atol=float(scale) * tolerance, equal_nan=True).all())
 
 
-def find_rows(plain: Tensor, again: Tensor, order: Tensor, examples: int, where: str) -> Rows:
+def find_rows(
+    plain: Tensor, again: Tensor, order: Tensor, examples: int, where: str, merges: Collection[int] | None = None
+) -> Rows:
     """The rows of a unit's output, from its values on the batch (`plain`) and on the examples `order` (`again`).
+
+    `merges` are the numbers of entries per example that can be another dimension of the inputs: any other may be a
+    number of unmasked tokens, which another batch will have in another distribution.
 
     Raises InrunError where no dimension, or more than one, can be the examples'.
     """
     if plain.ndim == again.ndim:
         grown = [d for d in range(plain.ndim) if plain.shape[d] != again.shape[d]]
         if not grown and same(plain, again):
-            return Rows(None)
+            return Rows(plain.ndim, None, led=plain.ndim > 0 and plain.shape[0] == 1)
         fits = len(grown) == 1 and plain.shape[grown[0]] * len(order) == again.shape[grown[0]] * examples
         if fits:
             if plain.shape[grown[0]] == examples:
-                candidates = [Rows(grown[0])]
+                candidates = [Rows(plain.ndim, grown[0])]
+            elif merges is None or plain.shape[grown[0]] // examples in merges:
+                candidates = [Rows(plain.ndim, grown[0], merged=True, blocks=blocks) for blocks in (True, False)]
             else:
-                candidates = [Rows(grown[0], merged=True), Rows(grown[0], merged=True, blocks=False)]
+                candidates = []
             found = [rows for rows in candidates if same(rows.reordered(plain, order, examples), again)]
             if len(found) == 1:
                 return found[0]
             if found:
                 raise InrunError(
-                    f"{where}: the output of shape {tuple(plain.shape)} merges the {examples} examples with "
-                    "another dimension, and its values do not tell "
-                    "in which order (they are constant). Attach after the first update, or initialise the "
-                    "module with other than constants."
+                    f"{where}: the output of shape {tuple(plain.shape)} merges the {examples} examples with another "
+                    "dimension, and its values do not tell in which order (they are constant). Attach after the first "
+                    "update, or initialise the module with other than constants."
                 )
     raise InrunError(
-        f"{where}: cannot tell which rows of its output belong to which example: shape {tuple(plain.shape)} "
-        f"for {examples} examples, {tuple(again.shape)} for the same in another order "
-        "and one more. The examples of a batch are mixed or reordered inside the model, or its output does "
-        "not follow from its input alone. "
-        "Freeze this module (requires_grad_(False)), or compute it one example apart from another."
+        f"{where}: cannot tell which rows of its output belong to which example: shape {tuple(plain.shape)} for "
+        f"{examples} examples, {tuple(again.shape)} for the same in another order and one more. The examples of a "
+        "batch "
+        "are mixed, reordered or packed inside the model, or its output does not follow from its input alone. Freeze "
+        "this "
+        "module (requires_grad_(False)), or compute the examples apart from one another."
     )
-
-
-class Inputs:
-    """The arguments of the model's call, and which of their tensors carry the examples."""
-
-    def __init__(self, args: Sequence[Any], kwargs: Mapping[str, Any], batch_dim: int) -> None:
-        self.leaves, self._spec = tree_flatten((tuple(args), dict(kwargs)))
-        self.batch_dim = batch_dim
-        # the structure under which what was found once stays true: everything but the sizes and the values
-        self.signature = (str(self._spec), *(self._sign(leaf) for leaf in self.leaves))
-
-    @staticmethod
-    def _sign(leaf: Any) -> object:
-        if isinstance(leaf, Tensor):
-            return leaf.ndim, leaf.dtype
-        return leaf if leaf is None or isinstance(leaf, bool | str) else type(leaf)
-
-    def carrying(self, examples: int) -> list[int]:
-        """The places of the tensors that have this many entries in the batch dimension."""
-        d = self.batch_dim
-        return [k for k, x in enumerate(self.leaves) if isinstance(x, Tensor) and x.ndim > d and x.shape[d] == examples]
-
-    def shapes(self) -> str:
-        return ", ".join(str(tuple(x.shape)) for x in self.leaves if isinstance(x, Tensor)) or "no tensors"
-
-    def reordered(self, carrying: Sequence[int], order: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments for the examples `order`."""
-        leaves = list(self.leaves)
-        for k in carrying:
-            leaves[k] = leaves[k].index_select(self.batch_dim, order.to(leaves[k].device))
-        args, kwargs = tree_unflatten(leaves, self._spec)
-        return args, kwargs

@@ -30,32 +30,47 @@ def preserved_random_state(model: nn.Module) -> Iterator[None]:
 
 
 class Evaluation:
-    """Runs a model in eval mode and leaves it as it was: modes, random states, and the buffers that a "
-    "forward changes."""
+    """Runs a model in eval mode and leaves it as it was: modes, random states, and the buffers that a forward changes.
 
-    def __init__(self, model: nn.Module) -> None:
+    `evaluate=False` leaves the modes alone. The first time every buffer is kept, afterwards only those that were
+    seen to change; `keep=True` keeps all of them each time.
+    """
+
+    def __init__(self, model: nn.Module, *, evaluate: bool = True, keep: bool = False) -> None:
         self.model = model
-        self._changing: list[Tensor] | None = None
+        self._evaluate, self._keep = evaluate, keep
+        self._changing: set[tuple[nn.Module, str]] | None = None
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
         modes = [(module, module.training) for module in self.model.modules()]
-        # the first time every buffer is kept; afterwards only those that were seen to change
-        buffers = list(self.model.buffers()) if self._changing is None else self._changing
-        kept = [(buffer, buffer._version, buffer.clone()) for buffer in buffers]
+        kept = [
+            (place, buffer, buffer._version, buffer.clone())
+            for module in self.model.modules()
+            for key, buffer in module._buffers.items()
+            if (place := (module, key)) and buffer is not None and (self._changing is None or place in self._changing)
+        ]
         try:
-            for module, _ in modes:
-                module.training = False
+            if self._evaluate:
+                for module, _ in modes:
+                    module.training = False
             with preserved_random_state(self.model):
                 yield
         finally:
             for module, mode in modes:
                 module.training = mode
-            changed = [(buffer, copy) for buffer, version, copy in kept if buffer._version != version]
-            for buffer, copy in changed:
-                buffer.copy_(copy)
-            if self._changing is None:
-                self._changing = [buffer for buffer, _ in changed]
+            changed = set()
+            for place, buffer, version, copy in kept:
+                module, key = place
+                if buffer._version != version:
+                    with torch.no_grad():
+                        buffer.copy_(copy)
+                    changed.add(place)
+                if module._buffers[key] is not buffer:
+                    module._buffers[key] = buffer
+                    changed.add(place)
+            if self._changing is None and not self._keep:
+                self._changing = changed
 
 
 class Target:

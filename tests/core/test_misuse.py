@@ -58,9 +58,9 @@ def test_ids_of_no_use(ids: Any) -> None:
 
 
 def test_ids_of_every_useful_kind() -> None:
-    model, optimizer, attributor = setting()
     useful: list[Any] = [[0, 1, 2, 3], torch.arange(4), torch.arange(4).numpy(), range(4), ("a", "b", "c", "d")]
     for ids in useful:
+        model, optimizer, attributor = setting()
         step(model, optimizer, attributor, ids)
         assert attributor.last is not None
         assert attributor.last.ids == (list(ids) if isinstance(ids, tuple) else [0, 1, 2, 3])

@@ -20,19 +20,19 @@ def test_the_second_run_has_every_example_out_of_place_and_one_more() -> None:
 def test_rows_are_found_by_growth_not_by_size() -> None:
     """[4, 4] of four examples: the dimension that grew is theirs."""
     x = torch.randn(4, 4)
-    assert find_rows(x, x[ORDER], ORDER, 4, "unit") == Rows(0)
-    assert find_rows(x, x[:, ORDER], ORDER, 4, "unit") == Rows(1)
-    assert find_rows(x, x, ORDER, 4, "unit") == Rows(None)
+    assert find_rows(x, x[ORDER], ORDER, 4, "unit") == Rows(2, 0)
+    assert find_rows(x, x[:, ORDER], ORDER, 4, "unit") == Rows(2, 1)
+    assert find_rows(x, x, ORDER, 4, "unit") == Rows(2, None)
 
 
 def test_merged_rows_are_told_apart_by_their_values() -> None:
     x = torch.randn(4, 3, 2)
     blocks, strided = x.reshape(12, 2), x.transpose(0, 1).reshape(12, 2)
     again = x[ORDER]
-    assert find_rows(blocks, again.reshape(15, 2), ORDER, 4, "unit") == Rows(0, merged=True)
+    assert find_rows(blocks, again.reshape(15, 2), ORDER, 4, "unit") == Rows(2, 0, merged=True)
     found = find_rows(strided, again.transpose(0, 1).reshape(15, 2), ORDER, 4, "unit")
-    assert found == Rows(0, merged=True, blocks=False)
-    torch.testing.assert_close(Rows(0, merged=True).per_example(blocks, 4), x.reshape(4, -1))
+    assert found == Rows(2, 0, merged=True, blocks=False)
+    torch.testing.assert_close(Rows(2, 0, merged=True).per_example(blocks, 4), x.reshape(4, -1))
     torch.testing.assert_close(found.per_example(strided, 4), x.reshape(4, -1))
 
 
@@ -40,7 +40,7 @@ def test_what_cannot_be_told_is_refused() -> None:
     with pytest.raises(InrunError, match=r"unit: .*merges.*order"):
         find_rows(torch.zeros(12, 2), torch.zeros(15, 2), ORDER, 4, "unit")
     x = torch.randn(4, 3)
-    with pytest.raises(InrunError, match=r"unit: cannot tell.*mixed or reordered"):
+    with pytest.raises(InrunError, match=r"unit: cannot tell.*mixed, reordered"):
         find_rows(x, x[ORDER].flip(0), ORDER, 4, "unit")
 
 

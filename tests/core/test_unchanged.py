@@ -15,9 +15,22 @@ from inrun import Attributor
 from tests.models import CASES, GPT, Case, class_losses, convolutional, hugging_face_gpt2, images, token_losses, tokens
 
 
+class FrozenStatistics(nn.BatchNorm2d):
+    """Batch normalisation that is never in training mode, as fine-tuning recipes have it."""
+
+    def train(self, mode: bool = True) -> "FrozenStatistics":
+        super().train(False)
+        return self
+
+
 def with_batch_norm() -> nn.Module:
     return nn.Sequential(
-        nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.Dropout(0.2), nn.Flatten(), nn.Linear(144, 3)
+        nn.Conv2d(2, 4, 3),
+        FrozenStatistics(4).train(),
+        nn.ReLU(inplace=True),
+        nn.Dropout(0.2),
+        nn.Flatten(),
+        nn.Linear(144, 3),
     )
 
 

@@ -21,7 +21,7 @@ class Texts(Dataset[dict[str, Any]]):
     def __init__(self, n: int, seed: int = 0, ids: bool = True) -> None:
         generator = torch.Generator().manual_seed(seed)
         self.rows = [
-            {"input_ids": torch.randint(0, VOCABULARY, (5 + k % 4,), generator=generator), "note": "extra"}
+            {"input_ids": torch.randint(0, VOCABULARY, (5 + k % 4,), generator=generator), "note": "more"}
             for k in range(n)
         ]
         if ids:
@@ -39,7 +39,8 @@ def trainer_of(folder: Path, data: Dataset[dict[str, Any]], **arguments: Any) ->
     torch.manual_seed(0)
     settings: dict[str, Any] = {
         "output_dir": str(folder), "max_steps": 6, "per_device_train_batch_size": 4, "per_device_eval_batch_size": 3,
-        "gradient_accumulation_steps": 2, "learning_rate": 1e-2, "warmup_steps": 2, "max_grad_norm": 0.5, "logging_steps": 1,
+        "gradient_accumulation_steps": 2, "learning_rate": 1e-2, "warmup_steps": 2, "max_grad_norm": 0.5,
+        "logging_steps": 1,
         "save_strategy": "no", "disable_tqdm": True, "report_to": [], "dataloader_pin_memory": False, "seed": 3,
     }  # fmt: skip
     return Trainer(

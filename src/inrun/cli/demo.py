@@ -54,8 +54,8 @@ def run(config: Demo) -> int:
     train(
         Train(
             data=(str(corpus),), out=config.out, model="tiny", vocab_size=4096, sequence=128, batch=16,
-            steps=config.steps, learning_rate=5e-4, min_learning_rate=5e-5, warmup_steps=config.steps // 4, target_from="domain", target_share=0.05,
-            target_examples=48, target_batch=3, audit_every=20, save_every=200,
+            steps=config.steps, learning_rate=5e-4, min_learning_rate=5e-5, warmup_steps=config.steps // 4,
+            target_from="domain", target_share=0.05, target_examples=48, target_batch=3, audit_every=20, save_every=200,
         ),
         console,
     )  # fmt: skip

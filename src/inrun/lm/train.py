@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import transformers
 from rich.console import Console
-from transformers import PreTrainedTokenizerFast, PrinterCallback, Trainer, TrainingArguments
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, PrinterCallback, Trainer, TrainingArguments
 
 from inrun.integrations.transformers import attach, last_checkpoint
 from inrun.ledger import write_examples
@@ -55,21 +55,39 @@ def train(config: Train, console: Console) -> Path:
     model = build_model(config.model, len(tokenizer), sequence, eos=tokenizer.eos_token_id)
     steps = _steps(config, preset, len(text))
     _say(console, config, model, text, targets, steps)
-    trainer = Trainer(
-        model=model,
-        args=_arguments(config, preset, steps),
-        train_dataset=text,
-        data_collator=Collate(text.pad),
-    )
-    trainer.remove_callback(PrinterCallback)
     write_examples(run, text.examples())
+    checkpoint = last_checkpoint(run / "checkpoints")
+    done = int(checkpoint.name.rpartition("-")[2]) if checkpoint is not None else 0
+    if checkpoint is not None and done >= steps:
+        # all steps are done: a Trainer resumed here would take one more
+        model = build_model(str(checkpoint), len(tokenizer), sequence)
+    else:
+        _train(config, _arguments(config, preset, steps), model, text, targets, checkpoint, console)
+    model.save_pretrained(run / "model")
+    tokenizer.save_pretrained(run / "model")
+    console.print(f"values: {run}; see them with: inrun report {run}", highlight=False, soft_wrap=True)
+    return run
+
+
+def _train(
+    config: Train,
+    arguments: TrainingArguments,
+    model: PreTrainedModel,
+    text: TokenStore,
+    targets: dict[str, TokenStore],
+    checkpoint: Path | None,
+    console: Console,
+) -> None:
+    """The steps from the checkpoint on, or from the beginning."""
+    trainer = Trainer(model=model, args=arguments, train_dataset=text, data_collator=Collate(text.pad))
+    trainer.remove_callback(PrinterCallback)
     batches = {
         name: fixed_batches(store, config.target_batch, config.target_examples) for name, store in targets.items()
     }
     attached = attach(
         trainer,
         batches,
-        ledger=run,
+        ledger=config.out,
         resume=True,  # the folder was found to be this run's, or new, by _begin
         scheme=config.scheme,
         nodes=config.nodes,
@@ -78,20 +96,15 @@ def train(config: Train, console: Console) -> Path:
     )
     progress = ProgressCallback(attached, console)
     trainer.add_callback(progress)
-    checkpoint = last_checkpoint(run / "checkpoints")
     if checkpoint is not None:
-        console.print(f"resuming after step {checkpoint.name.rpartition('-')[2]}", highlight=False)
+        console.print(f"resuming from {checkpoint.name}", highlight=False)
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
     except KeyboardInterrupt:
-        console.print(f"interrupted; go on with: inrun train --out {run} --resume", highlight=False)
+        console.print(f"interrupted; go on with: inrun train --out {config.out} --resume", highlight=False)
         raise
     finally:
         progress.stop()
-    model.save_pretrained(run / "model")
-    tokenizer.save_pretrained(run / "model")
-    console.print(f"values: {run}; see them with: inrun report {run}", highlight=False, soft_wrap=True)
-    return run
 
 
 def _begin(config: Train) -> Train:

@@ -1,18 +1,48 @@
 """The generic rule: forward-mode differentiation of one module with respect to its own parameters."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.backends import mkldnn
+from torch.backends import cudnn, mkldnn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map
 
 from inrun.errors import InrunError
+
+
+@dataclass(frozen=True)
+class RandomState:
+    """The generators that a module may draw from, as they were before a call."""
+
+    cpu: Tensor
+    devices: dict[int, Tensor]
+
+    @classmethod
+    def of(cls, module: nn.Module) -> "RandomState":
+        devices = {p.device.index for p in module.parameters() if p.device.type == "cuda"}
+        return cls(torch.get_rng_state(), {d: torch.cuda.get_rng_state(d) for d in devices})
+
+    @contextmanager
+    def replayed(self) -> Iterator[None]:
+        """The generators set to this state inside the block, and back to where they were after it."""
+        with torch.random.fork_rng(devices=list(self.devices)):
+            torch.set_rng_state(self.cpu)
+            for device, state in self.devices.items():
+                torch.cuda.set_rng_state(state, device)
+            yield
+
+
+@contextmanager
+def _plain_kernels() -> Iterator[None]:
+    """Attention and recurrent layers in the form that has a forward mode."""
+    with sdpa_kernel(SDPBackend.MATH), cudnn.flags(enabled=False), _without_mkldnn():
+        yield
 
 
 @contextmanager
@@ -31,7 +61,7 @@ def forward_mode(
     direction: Mapping[str, Tensor],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-    random_state: Tensor | None = None,
+    random_state: RandomState | None = None,
 ) -> Any:
     """J(args) direction by running the module again on dual numbers: exact for any differentiable module.
 
@@ -39,15 +69,8 @@ def forward_mode(
     layers run in their plain form, which has forward mode. Raises InrunError where an operator has none.
     """
     own = module._parameters
-    with (
-        torch.no_grad(),
-        torch.random.fork_rng(devices=[]),
-        sdpa_kernel(SDPBackend.MATH),
-        _without_mkldnn(),
-        forward_ad.dual_level(),
-    ):
-        if random_state is not None:
-            torch.set_rng_state(random_state)
+    replayed = random_state.replayed() if random_state is not None else nullcontext()
+    with torch.no_grad(), _plain_kernels(), replayed, forward_ad.dual_level():
         swapped: dict[str, Tensor] = {name: buffer.clone() for name, buffer in module.named_buffers()}
         for name, towards in direction.items():
             parameter = own[name]
@@ -55,7 +78,7 @@ def forward_mode(
                 dual = forward_ad.make_dual(parameter.detach(), towards.to(parameter.dtype))  # type: ignore[no-untyped-call]
                 swapped[name] = dual
         try:
-            output = functional_call(module, swapped, args, kwargs)
+            output = functional_call(module, swapped, args, kwargs, tie_weights=False)
         except NotImplementedError as error:
             raise InrunError(
                 f"{type(module).__name__}: one of its operators has no forward-mode derivative ({error}). "

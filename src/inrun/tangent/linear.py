@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from inrun.errors import InrunError
 from inrun.tangent.rules import register_tangent
 
 
 @register_tangent(
     nn.Linear,
     nn.Bilinear,
+    nn.Embedding,
     nn.Conv1d,
     nn.Conv2d,
     nn.Conv3d,
@@ -44,21 +44,4 @@ def linear_in_parameters(
     for name, parameter in module.named_parameters(recurse=False):
         swapped[name] = direction[name] if name in direction else torch.zeros_like(parameter)
     with torch.no_grad():
-        return functional_call(module, swapped, args, kwargs)
-
-
-@register_tangent(nn.Embedding)
-def embedding(module: nn.Module, direction: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Rows of q; the padding row receives no gradient, so it moves nothing."""
-    if not isinstance(module, nn.Embedding):
-        raise TypeError(f"expected nn.Embedding, got {type(module).__name__}")
-    if module.max_norm is not None or module.scale_grad_by_freq:
-        raise InrunError(
-            "an embedding with max_norm or scale_grad_by_freq does not move along its gradient, so its "
-            "values cannot be exact. Build it without that option."
-        )
-    q = direction["weight"]
-    if module.padding_idx is not None:
-        q = q.clone()
-        q[module.padding_idx] = 0
-    return linear_in_parameters(module, {"weight": q}, args, kwargs)
+        return functional_call(module, swapped, args, kwargs, tie_weights=False)

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from inrun.tangent.generic import forward_mode
+from inrun.tangent.generic import RandomState, forward_mode
 
 # rule(module, direction by parameter name, args, kwargs) -> tangents, in the structure of the module's output
 Rule = Callable[[nn.Module, Mapping[str, Tensor], tuple[Any, ...], dict[str, Any]], Any]
@@ -27,6 +27,8 @@ def register_tangent(*kinds: type[nn.Module] | str) -> Callable[[Rule], Rule]:
 
 def _rule_of(module: nn.Module) -> Rule | None:
     kind = type(module)
+    if not module._parameters.keys() <= {"weight", "bias"}:
+        return None  # reparametrised by a hook (weight norm): not linear in what it owns
     return _rules.get(kind) or _rules.get(f"{kind.__module__}.{kind.__qualname__}")
 
 
@@ -40,12 +42,16 @@ def tangent(
     direction: Mapping[str, Tensor],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-    random_state: Tensor | None = None,
+    random_state: RandomState | None = None,
 ) -> Any:
     """The derivative of module(*args, **kwargs) in `direction` of its own parameters, in the structure of the output.
 
     Parameters that `direction` does not name stand still. `random_state` is the generator's before the call.
     """
+    if isinstance(module, nn.Embedding) and module.padding_idx is not None and "weight" in direction:
+        q = direction["weight"].clone()
+        q[module.padding_idx] = 0  # the padding row receives no gradient, so it moves nothing
+        direction = {**direction, "weight": q}
     rule = _rule_of(module)
     if rule is not None:
         return rule(module, direction, args, kwargs)

@@ -1,0 +1,262 @@
+"""Runs the model to find out whose rows are whose (inrun.rows), and leaves it as it was."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from itertools import combinations
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from inrun.errors import InrunError
+from inrun.rows import Rows, find_rows, shuffled
+from inrun.target import Evaluation
+
+
+@dataclass(frozen=True, eq=False)
+class Unit:
+    """A module and the trained parameters it owns directly, by their names in the module."""
+
+    name: str
+    module: nn.Module
+    parameters: dict[str, nn.Parameter]
+
+
+@dataclass(frozen=True)
+class Found:
+    """The rows of every call's outputs under one structure of inputs, and the inputs that carry the examples."""
+
+    rows: Mapping[tuple[Unit, int], tuple[Rows | None, ...]]
+    carrying: tuple[int, ...]
+
+    def unled(self) -> "Found":
+        """The same, with no leading dimension of one taken for the examples'."""
+        rows = {key: tuple(r and replace(r, led=False) for r in of) for key, of in self.rows.items()}
+        return replace(self, rows=rows)
+
+
+class Inputs:
+    """The arguments of the model's call, and which of their tensors carry the examples."""
+
+    def __init__(self, args: Sequence[Any], kwargs: Mapping[str, Any], batch_dim: int) -> None:
+        self.leaves, self._spec = tree_flatten((tuple(args), dict(kwargs)))
+        self.batch_dim = batch_dim
+        # the structure under which what was found once stays true: everything but the sizes and the values
+        self.signature = (str(self._spec), *(self._sign(leaf) for leaf in self.leaves))
+
+    @staticmethod
+    def _sign(leaf: Any) -> object:
+        if isinstance(leaf, Tensor):
+            return leaf.ndim, leaf.dtype
+        return leaf if leaf is None or isinstance(leaf, bool | int | float | str) else type(leaf)
+
+    def carrying(self, examples: int) -> list[int]:
+        """The places of the tensors that have this many entries in the batch dimension."""
+        d = self.batch_dim
+        return [k for k, x in enumerate(self.leaves) if isinstance(x, Tensor) and x.ndim > d and x.shape[d] == examples]
+
+    def merges(self, carrying: Sequence[int]) -> set[int]:
+        """The products of other dimensions of these tensors: what a reshape can merge with the examples."""
+        found = set()
+        for k in carrying:
+            rest = [size for d, size in enumerate(self.leaves[k].shape) if d != self.batch_dim]
+            found |= {math.prod(some) for n in range(len(rest) + 1) for some in combinations(rest, n)}
+        return found
+
+    def shapes(self) -> str:
+        return ", ".join(str(tuple(x.shape)) for x in self.leaves if isinstance(x, Tensor)) or "no tensors"
+
+    def reordered(self, carrying: Sequence[int], order: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments for the examples `order`."""
+        leaves = list(self.leaves)
+        for k in carrying:
+            leaves[k] = leaves[k].index_select(self.batch_dim, order.to(leaves[k].device))
+        args, kwargs = tree_unflatten(leaves, self._spec)
+        return args, kwargs
+
+
+class Probe:
+    """Finds the rows of every unit's outputs. Hooks on the units hand their outputs to `see` while it is "
+    "`recording`."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._evaluation, self._as_it_is = Evaluation(model, keep=True), Evaluation(model, evaluate=False, keep=True)
+        self._recording: _Recording | None = None
+
+    @property
+    def recording(self) -> bool:
+        return self._recording is not None
+
+    def see(self, unit: Unit, output: Any) -> Any:
+        """A unit's output while the model is run; what it returns takes the output's place."""
+        return None if self._recording is None else self._recording.see(unit, output)
+
+    def find(self, inputs: Inputs, examples: int) -> Found:
+        """The rows under this structure of inputs.
+
+        Raises InrunError where they cannot be told, or where a batchless output cannot be given an example dimension.
+        """
+        carrying, order = inputs.carrying(examples), shuffled(examples)
+        plain = self._run(inputs, carrying, torch.arange(examples))
+        again = self._run(inputs, carrying, order)
+        merges = inputs.merges(carrying)
+        rows: dict[tuple[Unit, int], tuple[Rows | None, ...]] = {}
+        for (unit, index), leaves in plain.seen.items():
+            others = again.seen.get((unit, index), [])
+            if len(others) != len(leaves):
+                raise InrunError(
+                    f"{unit.name}: the model calls it another number of times for {examples} and for {examples + 1} "
+                    "examples, which cannot be attributed."
+                )
+            rows[unit, index] = tuple(
+                find_rows(x, y, order, examples, unit.name, merges)
+                if isinstance(x, Tensor) and isinstance(y, Tensor)
+                else None
+                for x, y in zip(leaves, others, strict=True)
+            )
+        return self._expandable(inputs, order, Found(rows, tuple(carrying)))
+
+    def _expandable(self, inputs: Inputs, order: Tensor, found: Found) -> Found:
+        """The rows with which batchless outputs can be expanded and the model still computes the same.
+
+        In train mode, with dropout: the same outputs bit for bit, by operations of the same shapes. A leading dimension
+        of one may be the examples' to take, as in [1, T, d], or another that happens to be one: what holds is tried.
+        """
+        batchless = sorted(
+            {u.name for (u, _), of in found.rows.items() if any(r is not None and r.dim is None for r in of)}
+        )
+        if not batchless:
+            return found
+        plain = self._run(inputs, list(found.carrying), order, train=True)
+        problem = "changes what the model computes"
+        for kind in (found, found.unled()):
+            try:
+                if plain.same_as(self._run(inputs, list(found.carrying), order, train=True, expand=kind)):
+                    return kind
+            except InrunError as error:
+                problem = f"fails ({error.__cause__ or error})"
+        raise InrunError(
+            f"{', '.join(batchless)}: the output has no example dimension (one for all examples), and giving it one "
+            f"{problem}. "
+            "Add it to the examples' tensor as it is ([T, d] or [1, T, d]), and apply dropout or reshapes after that; "
+            "or "
+            "freeze the module (requires_grad_(False))."
+        )
+
+    def _run(
+        self, inputs: Inputs, carrying: list[int], order: Tensor, train: bool = False, expand: Found | None = None
+    ) -> "_Recording":
+        """One forward on the examples `order`, without gradients; in eval mode unless `train`."""
+        recording = _Recording(len(order), expand)
+        try:
+            args, kwargs = inputs.reordered(carrying, order)
+            with (self._as_it_is if train else self._evaluation)(), torch.no_grad():
+                self._recording = recording
+                with recording.shapes:
+                    recording.output = self._model(*args, **kwargs)
+                recording.random_state = torch.get_rng_state()
+        except InrunError:
+            raise
+        except Exception as error:
+            raise InrunError(
+                f"the model could not be run on {len(order)} examples to find out whose rows are whose "
+                f"({type(error).__name__}: {error}). Of its inputs of shape {inputs.shapes()}, those with one entry "
+                "per "
+                f"example in dimension {inputs.batch_dim} were taken to hold the examples. If one of them does not, "
+                "begin "
+                "with a batch of another size."
+            ) from error
+        finally:
+            self._recording = None
+        return recording
+
+
+@dataclass(eq=False)
+class _Recording:
+    """The outputs of every unit in one forward."""
+
+    examples: int
+    expand: Found | None
+    seen: dict[tuple[Unit, int], list[Any]] = field(default_factory=dict)
+    shapes: "_Shapes" = field(default_factory=lambda: _Shapes())
+    output: Any = None
+    random_state: Tensor | None = None
+
+    def see(self, unit: Unit, output: Any) -> Any:
+        index = sum(1 for other, _ in self.seen if other is unit)
+        leaves, spec = tree_flatten(output)
+        self.seen[unit, index] = list(leaves)
+        if self.expand is None:
+            return None
+        rows = self.expand.rows.get((unit, index), ())
+        with self.shapes.paused():
+            leaves = [
+                expanded(x, r, self.examples, unit)[0] if isinstance(x, Tensor) else x
+                for x, r in zip(leaves, rows, strict=True)
+            ]
+        return tree_unflatten(leaves, spec)
+
+    def same_as(self, other: "_Recording") -> bool:
+        """Outputs and use of random numbers are the same bit for bit, and every operation's shape is the same."""
+        if self.random_state is None or other.random_state is None:
+            return False
+        mine, its = tensors(self.output), tensors(other.output)
+        return (
+            torch.equal(self.random_state, other.random_state)
+            and self.shapes.seen == other.shapes.seen
+            and len(mine) == len(its)
+            and all(map(_identical, mine, its))
+        )
+
+
+class _Shapes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """The name and the shape of every operation inside the block."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.seen: list[tuple[str, list[torch.Size]]] = []
+        self._paused = False
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        self._paused = True
+        try:
+            yield
+        finally:
+            self._paused = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        if not self._paused:
+            self.seen.append((str(func), [x.shape for x in tensors(output)]))
+        return output
+
+
+def expanded(leaf: Tensor, rows: Rows | None, examples: int, unit: Unit) -> tuple[Tensor, Rows]:
+    """The output with an example dimension, and its rows.
+
+    A batchless output becomes a view that repeats it for every example. Raises InrunError if it is not as `rows` say.
+    """
+    if rows is None or not rows.fits(leaf, examples):
+        raise InrunError(
+            f"{unit.name}: its output of shape {tuple(leaf.shape)} for {examples} examples is laid out otherwise than "
+            "when the "
+            "model was run to find out whose rows are whose. A forward whose layout changes cannot be attributed."
+        )
+    if rows.dim is not None:
+        return leaf, rows
+    shape = leaf.shape[1:] if rows.led else leaf.shape
+    return leaf.expand(examples, *shape), Rows(len(shape) + 1, 0)
+
+
+def tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_flatten(tree)[0] if isinstance(leaf, Tensor)]
+
+
+def _identical(x: Tensor, y: Tensor) -> bool:
+    return x.shape == y.shape and bool(((x == y) | ((x != x) & (y != y))).all())

@@ -1,0 +1,387 @@
+"""What a loop or a model may do that would make a value wrong without a sign: each is valued rightly, or refused."""
+
+import copy
+import io
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim import SGD, AdamW, Optimizer
+
+from inrun import Attributor, ConservationError, InrunError
+from inrun.oracle import per_example_gradients
+from tests.models import CASES, VOCABULARY, Case, class_losses, mlp, token_losses, tokens, vectors
+from tests.reference import reference_direction
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+
+def check(case: Case, batches: list[Any], kind: Any = None) -> None:
+    """A few attributed steps of `first`, each held against per-example autograd."""
+    torch.manual_seed(0)
+    model = case.build()
+    optimizer = (kind or (lambda p: SGD(p, lr=0.1)))(model.parameters())
+    target = case.batch(3, 99)
+    with Attributor(model, optimizer, {"t": target}, case.loss, scheme="first") as attributor:
+        for batch in batches:
+            n = len(batch[0]) if isinstance(batch, tuple) else len(batch)
+            g = per_example_gradients(model, case.parts(batch, n))
+            with attributor.batch(range(n)):
+                case.loss(model, batch).backward()
+            q = reference_direction(model, optimizer, case.at(target), "first", 1)
+            optimizer.step()
+            optimizer.zero_grad()
+            wanted = sum((g[name] * q[p]).flatten(1).sum(1) for name, p in model.named_parameters() if p in q)
+            assert attributor.last is not None
+            torch.testing.assert_close(attributor.last.values["t"], wanted, rtol=1e-8, atol=1e-13)
+
+
+def setting(optimizer: Any = None, **settings: Any) -> tuple[nn.Module, Optimizer, Attributor]:
+    torch.manual_seed(0)
+    model = mlp()
+    built: Optimizer = (optimizer or (lambda p: SGD(p, lr=0.1)))(model.parameters())
+    return (
+        model,
+        built,
+        Attributor(model, built, {"t": vectors(3, 1)}, lambda m, b: class_losses(m, b).mean(), **settings),
+    )
+
+
+def backward(model: nn.Module, attributor: Attributor, scale: float = 1.0) -> None:
+    with attributor.batch(range(4)):
+        (class_losses(model, vectors(4, 0)).mean() * scale).backward()
+
+
+def test_a_gradient_scaled_without_a_trace_is_followed() -> None:
+    """Through .data, a tensor's version does not count; the values follow all the same."""
+    found = []
+    for scale in (1.0, 0.25):
+        model, optimizer, attributor = setting(scheme="first")
+        backward(model, attributor)
+        for p in model.parameters():
+            assert p.grad is not None
+            p.grad.data.mul_(scale)
+        optimizer.step()
+        assert attributor.last is not None
+        found.append(attributor.last.values["t"])
+    torch.testing.assert_close(found[1], 0.25 * found[0], rtol=1e-9, atol=0.0)
+
+
+def test_a_gradient_scaler_is_followed_or_refused() -> None:
+    torch.set_default_dtype(torch.float32)
+    plain_model, plain_optimizer, plain = setting()
+    backward(plain_model, plain)
+    plain_optimizer.step()
+    model, optimizer, attributor = setting()
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    backward(model, attributor, scale=float(scaler.scale(torch.ones(()))))
+    scaler.step(optimizer)
+    assert plain.last is not None
+    assert attributor.last is not None
+    torch.testing.assert_close(attributor.last.values, plain.last.values, rtol=1e-5, atol=1e-8)
+    model, optimizer, attributor = setting(lambda p: AdamW(p, fused=True))
+    backward(model, attributor, scale=float(scaler.scale(torch.ones(()))))
+    with pytest.raises(InrunError, match=r"call scaler\.unscale_"):
+        scaler.step(optimizer)
+
+
+def test_a_hook_that_clips_inside_of_the_step_is_found() -> None:
+    model, optimizer, attributor = setting()
+
+    def clip(*_: Any) -> None:
+        nn.utils.clip_grad_norm_(model.parameters(), 0.01)
+
+    optimizer.register_step_pre_hook(clip)
+    backward(model, attributor)
+    with pytest.raises(InrunError, match=r"changed inside of optimizer\.step"):
+        optimizer.step()
+
+
+def test_parameters_that_are_trained_later_are_refused() -> None:
+    model = mlp()
+    first = next(iter(model.children()))
+    first.requires_grad_(False)
+    optimizer = SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    attributor = Attributor(model, optimizer, {"t": vectors(3, 1)}, lambda m, b: class_losses(m, b).mean())
+    first.requires_grad_(True)
+    optimizer.add_param_group({"params": list(first.parameters())})
+    backward(model, attributor)
+    with pytest.raises(InrunError, match="attach again"):
+        optimizer.step()
+
+
+def test_a_gradient_zeroed_before_the_step_is_told() -> None:
+    model, optimizer, attributor = setting()
+    backward(model, attributor)
+    optimizer.zero_grad()
+    with pytest.raises(InrunError, match=r"zero_grad\(\) after optimizer.step"):
+        optimizer.step()
+
+
+def test_batch_normalisation_in_training_mode_is_refused_and_frozen_is_exact() -> None:
+    def build() -> nn.Module:
+        return nn.Sequential(nn.Linear(6, 9), nn.BatchNorm1d(9), nn.ReLU(), nn.Linear(9, 3))
+
+    case = Case(build, vectors, class_losses)
+    with pytest.raises(InrunError, match=r"^1: batch normalisation in training mode"):
+        check(case, [vectors(4, 0)])
+
+    class Frozen(nn.BatchNorm1d):
+        def train(self, mode: bool = True) -> "Frozen":
+            super().train(False)
+            return self
+
+    def frozen() -> nn.Module:
+        return nn.Sequential(nn.Linear(6, 9), Frozen(9).train(), nn.ReLU(), nn.Linear(9, 3))
+
+    check(Case(frozen, vectors, class_losses), [vectors(4, 0)])
+
+
+class Unpadded(nn.Module):
+    """Computes its head on the unmasked tokens only: how many an example has is in the data, not in the shapes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(VOCABULARY, 4), nn.Linear(4, VOCABULARY)
+
+    def forward(self, x_BT: Tensor) -> Tensor:
+        h, mask = self.embedding(x_BT), x_BT != 0
+        logits = h.new_zeros(*x_BT.shape, VOCABULARY)
+        logits[mask] = self.head(h[mask])
+        return torch.as_tensor(logits)
+
+
+def test_unpadded_tokens_are_refused_even_where_their_number_divides() -> None:
+    batch = tokens(4, 0).clamp_min(1)
+    batch[:, 3:] = 0
+    with pytest.raises(InrunError, match=r"^head: cannot tell"):
+        check(Case(Unpadded, tokens, token_losses), [batch])
+
+
+class Switching(nn.Module):
+    """Lays its tokens out in another order when told to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(VOCABULARY, 4), nn.Linear(4, VOCABULARY)
+        self.calls = 0
+
+    def forward(self, x_BT: Tensor, layout: int = 0) -> Tensor:
+        h = self.embedding(x_BT)
+        if layout:
+            flat: Tensor = self.head(h.transpose(0, 1).reshape(-1, 4))
+            return flat.reshape(h.shape[1], h.shape[0], -1).transpose(0, 1)
+        return torch.as_tensor(self.head(h.reshape(-1, 4))).reshape(*h.shape[:2], -1)
+
+
+def test_another_layout_under_another_argument_is_found_out() -> None:
+    def losses(model: nn.Module, batch_BT: Tensor) -> Tensor:
+        logits = model(batch_BT[:, :-1], int(batch_BT[0, -1]) % 2)
+        return F.cross_entropy(logits.transpose(1, 2), batch_BT[:, 1:], reduction="none").mean(dim=1)
+
+    batches = [tokens(4, seed) for seed in range(6)]
+    assert {int(b[0, -1]) % 2 for b in batches} == {0, 1}
+    check(Case(Switching, tokens, losses), batches)
+
+
+class WithTeacher(nn.Module):
+    """Calls its own layer without gradients first, in another layout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(VOCABULARY, 4), nn.Linear(4, VOCABULARY)
+
+    def forward(self, x_BT: Tensor) -> Tensor:
+        h = self.embedding(x_BT)
+        with torch.no_grad():
+            teacher = self.head(h.reshape(-1, 4)).reshape(*h.shape[:2], -1)
+        student = self.head(h.transpose(0, 1).reshape(-1, 4)).reshape(h.shape[1], h.shape[0], -1).transpose(0, 1)
+        return torch.as_tensor(student + 0.1 * teacher.tanh())
+
+
+def test_calls_without_gradients_keep_their_place_in_the_count() -> None:
+    check(Case(WithTeacher, tokens, token_losses), [tokens(4, 0), tokens(4, 1)])
+
+
+class Positions(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.wte, self.wpe, self.head = nn.Embedding(VOCABULARY, 4), nn.Embedding(9, 4), nn.Linear(4, 3)
+
+    def forward(self, x_BT: Tensor) -> Tensor:
+        logits: Tensor = self.head(torch.tanh(self.wte(x_BT) + self.wpe(torch.arange(x_BT.shape[1]))).mean(dim=1))
+        return logits
+
+
+def test_a_single_token_is_not_taken_for_a_batch_of_one() -> None:
+    def batch(n: int, seed: int, length: int = 5) -> tuple[Tensor, Tensor]:
+        return tokens(n, seed, length), vectors(n, seed)[1]
+
+    case = Case(Positions, batch, class_losses)
+    check(case, [batch(4, 0), batch(4, 1, length=1), batch(1, 2, length=1), batch(4, 3, length=4)])
+    check(case, [batch(4, 1, length=1), batch(4, 3)])
+
+
+class Unrolled(nn.Module):
+    """A recurrent cell in Python that returns all of its states and, once more, the last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(6, 6) / 3)
+
+    def forward(self, x_BD: Tensor) -> tuple[Tensor, Tensor]:
+        states, h = [], x_BD
+        for _ in range(3):
+            h = torch.tanh(h @ self.w)
+            states.append(h)
+        return torch.stack(states, dim=1), h
+
+
+class OnUnrolled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell, self.head = Unrolled(), nn.Linear(6, 3)
+
+    def forward(self, x_BD: Tensor) -> Tensor:
+        states, last = self.cell(x_BD)
+        logits: Tensor = self.head(states.sum(dim=1) + last)
+        return logits
+
+
+def test_outputs_made_of_one_another_are_not_counted_twice() -> None:
+    check(Case(OnUnrolled, vectors, class_losses), [vectors(4, 0), vectors(5, 1)])
+
+
+class Tied(nn.Module):
+    """One matrix under two names, and read a third time by the module that holds them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wte, self.head = nn.Embedding(VOCABULARY, 4, padding_idx=0), nn.Linear(4, VOCABULARY, bias=False)
+        self.head.weight = self.wte.weight
+        self.own = self.wte.weight
+
+    def forward(self, x_BT: Tensor) -> Tensor:
+        h = self.wte(x_BT)
+        return torch.as_tensor(self.head(h) + h @ self.own.tanh().T)
+
+
+def test_a_parameter_owned_three_times_has_all_its_cross_terms() -> None:
+    check(Case(Tied, tokens, token_losses), [tokens(4, 0), tokens(4, 1)])
+
+
+def test_a_tied_hugging_face_head_with_a_bias_of_its_own() -> None:
+    from transformers import BertConfig, BertForMaskedLM
+
+    def build() -> nn.Module:
+        return BertForMaskedLM(
+            BertConfig(vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+                       intermediate_size=16,
+                       max_position_embeddings=12, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+        )  # fmt: skip
+
+    check(Case(build, tokens, token_losses), [tokens(4, 0), tokens(7, 1)])
+
+
+def test_weight_norm_is_exact_or_refused() -> None:
+    """Its weight is computed from two parameters by a module without example rows: no value can be told apart."""
+
+    def build() -> nn.Module:
+        return nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(6, 3)))
+
+    with pytest.raises(InrunError, match="weight"):
+        check(Case(build, vectors, class_losses), [vectors(4, 0)])
+
+
+def test_evaluating_between_backward_and_step_changes_nothing() -> None:
+    case = CASES["lstm"]
+    torch.manual_seed(0)
+    model = case.build()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    with Attributor(model, optimizer, {"t": case.batch(3, 1)}, case.loss) as attributor:
+        with attributor.batch(range(4)):
+            case.loss(model, case.batch(4, 0)).backward()
+        model.eval()
+        with torch.no_grad():
+            case.loss(model, case.batch(4, 5))
+        optimizer.step()
+        assert not any(module.training for module in model.modules())
+    assert attributor.step == 1
+
+
+def test_a_copy_or_a_pickle_of_an_attached_model_is_free_of_it() -> None:
+    model, optimizer, attributor = setting()
+    twin = copy.deepcopy(model)
+    stored = io.BytesIO()
+    torch.save(model, stored)
+    backward(model, attributor)
+    class_losses(twin, vectors(4, 0)).mean().backward()  # outside of any batch, and nobody minds
+    optimizer.step()
+    stored.seek(0)
+    again = torch.load(stored, weights_only=False)
+    assert torch.equal(again(vectors(4, 0)[0]), twin(vectors(4, 0)[0]))
+
+
+def test_two_attributors_on_one_model_do_not_disturb_each_other() -> None:
+    model, optimizer, attributor = setting()
+    other = Attributor(model, optimizer, {"t": vectors(3, 1)}, lambda m, b: class_losses(m, b).mean(), scheme="first")
+    for _ in range(2):
+        with attributor.batch(range(4)), other.batch(range(4)):
+            class_losses(model, vectors(4, 0)).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert attributor.step == other.step == 2
+
+
+def test_an_unseen_use_is_found_in_half_precision_too() -> None:
+    class Unseen(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.seen, self.unseen = nn.Linear(6, 64), nn.Linear(64, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(torch.tanh(self.seen(x)), self.unseen.weight)
+
+    model = Unseen().bfloat16()
+    optimizer = SGD(model.parameters(), lr=0.1)
+
+    def batch(seed: int) -> tuple[Tensor, Tensor]:
+        return vectors(4, seed)[0].bfloat16(), vectors(4, seed)[1]
+
+    attributor = Attributor(model, optimizer, {"t": batch(1)}, lambda m, b: class_losses(m, b).mean())
+    with attributor.batch(range(4)):
+        class_losses(model, batch(0)).mean().backward()
+    with pytest.raises(ConservationError, match=r"unseen\.weight"):
+        optimizer.step()
+
+
+def test_autocast_is_refused() -> None:
+    torch.set_default_dtype(torch.float32)
+    model, _, attributor = setting()
+    with pytest.raises(InrunError, match="autocast"), attributor.batch(range(4)), torch.autocast("cpu", torch.bfloat16):
+        class_losses(model, vectors(4, 0)).mean().backward()
+
+
+def test_buffers_that_a_forward_replaces_are_put_back() -> None:
+    class Averaging(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(6, 3)
+            self.average: Tensor
+            self.register_buffer("average", torch.zeros(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.layer(x)
+            self.average = 0.9 * self.average + 0.1 * y.detach().mean(dim=0)
+            return y
+
+    model = Averaging()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    attributor = Attributor(model, optimizer, {"t": vectors(3, 1)}, lambda m, b: class_losses(m, b).mean())
+    assert torch.equal(model.average, torch.zeros(3))
+    backward(model, attributor)
+    average = 0.1 * model.layer(vectors(4, 0)[0]).mean(dim=0)
+    optimizer.step()
+    torch.testing.assert_close(model.average, average)

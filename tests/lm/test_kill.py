@@ -1,0 +1,75 @@
+"""`inrun train` killed at random moments and resumed each time ends with the ledger of a run that never was."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import polars as pl
+
+from inrun import Ledger
+from tests.lm.corpus import write_corpus
+
+KILLS = 10
+
+
+def command(corpus: Path, run: Path) -> list[str]:
+    return [
+        sys.executable, "-m", "inrun.cli.main", "train", str(corpus), "--out", str(run), "--target-from", "domain",
+        "--target-share", "0.2", "--target-examples", "6", "--target-batch", "3", "--vocab-size", "400",
+        "--sequence", "32",
+        "--batch", "4", "--accumulation", "2", "--steps", "120", "--audit-every", "7", "--save-every", "5",
+    ]  # fmt: skip
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+
+
+def finish(command: list[str]) -> None:
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def start_and_kill(command: list[str], chance: random.Random) -> bool:
+    """Start a run and kill it, at any moment of its start or of its first steps; False if it had ended."""
+    with subprocess.Popen(
+        command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as process:
+        assert process.stdout is not None
+        if chance.random() < 0.3:
+            time.sleep(chance.uniform(0.1, 7.0))
+        else:
+            for line in process.stdout:
+                if line.startswith("step "):
+                    break
+            time.sleep(chance.uniform(0.1, 1.4))
+        running = process.poll() is None
+        process.send_signal(signal.SIGKILL)
+    return running
+
+
+def rows(run: Path) -> tuple[pl.DataFrame, pl.DataFrame]:
+    ledger = Ledger(run)
+    return ledger.scan().collect().sort("step", "target", "id", "value"), ledger.steps()
+
+
+def test_ten_kills_leave_no_trace_in_the_ledger(tmp_path: Path) -> None:
+    corpus = write_corpus(tmp_path / "corpus.jsonl")
+    finish(command(corpus, tmp_path / "whole"))
+    chance = random.Random(7)
+    killed = [*command(corpus, tmp_path / "killed"), "--resume"]
+    reached, kills = [], 0
+    while kills < KILLS:
+        kills += start_and_kill(killed, chance)
+        parts = sorted(path.name for path in (tmp_path / "killed" / "steps").glob("*.parquet"))
+        reached.append(int(parts[-1].split("-")[1]) if parts else 0)
+        assert reached[-1] < 120, f"the run ended before it was killed {KILLS} times: {reached}"
+    assert any(reached), reached  # some kills came in mid-training
+    finish(killed)
+    for mine, its in zip(rows(tmp_path / "killed"), rows(tmp_path / "whole"), strict=True):
+        assert mine.equals(its)
+    assert rows(tmp_path / "whole")[1]["step"].unique().to_list() == list(range(1, 121))
