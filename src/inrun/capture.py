@@ -7,6 +7,7 @@ inputs of the call and watches the gradients of its outputs; the model's own hoo
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -35,6 +36,11 @@ class Call:
     versions: list[int]
     rows: list[Rows | None]
     gradients: list[Tensor | None]
+
+    @cached_property
+    def gradient_norms(self) -> list[Tensor | None]:
+        """The norm of every gradient, for all targets once."""
+        return [gradient.norm() if gradient is not None else None for gradient in self.gradients]
 
     def check_inputs(self) -> None:
         """Raise InrunError if an input was overwritten since the call: the values would be of other numbers."""

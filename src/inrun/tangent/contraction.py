@@ -45,12 +45,12 @@ def _contract_call(call: Call, direction: Mapping[str, Tensor], examples: int) -
     with _mode(call.unit.module, call.training):
         leaves, _ = tree_flatten(tangent(call.unit.module, direction, call.args, call.kwargs, call.random_state))
     shares, magnitude = torch.zeros((), dtype=torch.float64), torch.zeros(())
-    for towards, rows, gradient in zip(leaves, call.rows, call.gradients, strict=True):
+    for towards, rows, gradient, norm in zip(leaves, call.rows, call.gradients, call.gradient_norms, strict=True):
         if gradient is not None and rows is not None:
             # a tangent without the example dimension is the same for all examples: it broadcasts as the output did
             towards = towards.expand_as(gradient)
             shares = shares + rows.per_example(gradient * towards, examples).sum(dim=1).double()
-            magnitude = magnitude + gradient.norm() * towards.norm()
+            magnitude = magnitude + norm * towards.norm()
     return shares, magnitude
 
 

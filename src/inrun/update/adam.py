@@ -22,20 +22,35 @@ class AdamUpdate(Update):
 
     def displacement(self, moved: Moved, s: float, *, decay: bool = True) -> Tensor:
         step = _Step(moved, decay)
-        move = step.mean(s).div_(step.root(s).add_(step.eps)).mul_(-step.rate)
+        g = step.gradient(s)
+        move = step.mean(g).div_(step.root(step.square(g)).add_(step.eps)).mul_(-step.rate)
         if decay and step.decoupled:
-            move = move.add_(moved.weight, alpha=-step.lr * step.weight_decay)
+            move.add_(moved.weight, alpha=-step.lr * step.weight_decay)
         return move
 
     def chord(self, moved: Moved, a: float, b: float) -> Tensor:
         step = _Step(moved, decay=True)
-        turn = step.mean(a).div_(step.root(a).add_(step.eps)).mul_(step.root_slope(a, b))
-        chord = (step.mean_slope(a, b) - turn).mul_(step.rate).div_(step.root(b).add_(step.eps))
+        g_a, g_b = step.gradient(a), step.gradient(b)
+        v_a, v_b = step.square(g_a), step.square(g_b)
+        rise = (g_a + g_b).mul_(step.sign * (1 - step.beta2) * (b - a) / step.bias2)
+        if step.floor is not None:
+            rise.mul_(_share_above(step.floor, v_a, v_b))
+        r_a, r_b = step.root(v_a), step.root(v_b)
+        # (r(b) - r(a)) / G; where both roots are zero the squares underflowed, and neither moves
+        turn = rise.div_(r_a + r_b).nan_to_num_(0.0, 0.0, 0.0)
+        turn.mul_(step.mean(g_a)).div_(r_a.add_(step.eps))
+        chord = turn.neg_().add_(step.sign * (1 - step.beta1) * (b - a)).mul_(step.rate).div_(r_b.add_(step.eps))
         return chord.masked_fill_(moved.gradient == 0, 0.0)
 
 
+def _share_above(floor: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """Which part of the way from `low` to `high` lies above the floor, below which amsgrad's maximum stands still."""
+    risen = (torch.maximum(high, floor) - torch.maximum(low, floor)) / (high - low)
+    return torch.where((low >= floor) & (high >= floor), 1.0, risen.nan_to_num(0.0).clamp_(0, 1))
+
+
 class _Step:
-    """The quantities of the module's docstring at one step of one parameter."""
+    """The quantities of the module's docstring at one step of one parameter. Every method returns a new tensor."""
 
     def __init__(self, moved: Moved, decay: bool) -> None:
         group, state = moved.group, moved.state
@@ -46,43 +61,28 @@ class _Step:
         self.rate = self.lr / (1 - self.beta1**t)
         self.bias2 = 1 - self.beta2**t
         self.sign = -1.0 if group["maximize"] else 1.0
-        self.gradient = moved.gradient * self.sign
         coupled = decay and self.weight_decay != 0 and not self.decoupled
-        self.pull = self.weight_decay * moved.weight if coupled else torch.zeros_like(moved.weight)
-        zero = torch.zeros_like(moved.weight)
-        self.old_mean, self.old_square = state.get("exp_avg", zero), state.get("exp_avg_sq", zero)
-        self.floor: Tensor | None = state.get("max_exp_avg_sq", zero) if group["amsgrad"] else None
+        self._moved, self._pull = moved, self.weight_decay * moved.weight if coupled else None
+        self._mean, self._square = state.get("exp_avg"), state.get("exp_avg_sq")
+        self.floor: Tensor | None = None
+        if group["amsgrad"]:
+            self.floor = state["max_exp_avg_sq"] if "max_exp_avg_sq" in state else torch.zeros_like(moved.weight)
 
-    def at(self, s: float) -> Tensor:
+    def gradient(self, s: float) -> Tensor:
         """g(s): what the moments take in."""
-        return torch.add(self.pull, self.gradient, alpha=s)
+        g = self._moved.gradient * (s * self.sign)
+        return g if self._pull is None else g.add_(self._pull)
 
-    def mean(self, s: float) -> Tensor:
-        return torch.lerp(self.old_mean, self.at(s), 1 - self.beta1)
+    def mean(self, g: Tensor) -> Tensor:
+        """m(s), of g(s)."""
+        return g * (1 - self.beta1) if self._mean is None else torch.lerp(self._mean, g, 1 - self.beta1)
 
-    def square(self, s: float) -> Tensor:
-        g = self.at(s)
-        return torch.addcmul(self.beta2 * self.old_square, g, g, value=1 - self.beta2)
+    def square(self, g: Tensor) -> Tensor:
+        """v(s), of g(s)."""
+        v = g.square().mul_(1 - self.beta2)
+        return v if self._square is None else v.add_(self._square, alpha=self.beta2)
 
-    def root(self, s: float) -> Tensor:
-        square = self.square(s)
-        if self.floor is not None:
-            square = torch.maximum(self.floor, square)
-        return square.div_(self.bias2).sqrt_()
-
-    def mean_slope(self, a: float, b: float) -> float:
-        """(m(b) - m(a)) / G."""
-        return self.sign * (1 - self.beta1) * (b - a)
-
-    def root_slope(self, a: float, b: float) -> Tensor:
-        """(r(b) - r(a)) / G = (v(b) - v(a)) / G / bias2 / (r(a) + r(b)), under amsgrad with max(floor, v) "
-        "for v."""
-        slope = (self.at(a) + self.at(b)).mul_(self.sign * (1 - self.beta2) * (b - a))
-        if self.floor is not None:
-            low, high = self.square(a), self.square(b)
-            # a part of the piece may lie under the floor, where the maximum stands still
-            risen = (torch.maximum(high, self.floor) - torch.maximum(low, self.floor)) / (high - low)
-            above = (low >= self.floor) & (high >= self.floor)
-            slope.mul_(torch.where(above, 1.0, risen.nan_to_num(0.0).clamp_(0, 1)))
-        roots = self.root(a) + self.root(b)
-        return torch.where(roots > 0, slope / (roots * self.bias2), 0.0)
+    def root(self, v: Tensor) -> Tensor:
+        """r(s), of v(s)."""
+        v = v / self.bias2 if self.floor is None else torch.maximum(self.floor, v).div_(self.bias2)
+        return v.sqrt_()
