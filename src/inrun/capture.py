@@ -102,6 +102,7 @@ class Capture:
 
     def __init__(self, model: nn.Module, units: Sequence[Unit], batch_dim: int = 0) -> None:
         self._model, self._batch_dim = model, batch_dim
+        self._batch_norms = [(name, m) for name, m in model.named_modules() if isinstance(m, _BatchNorm)]
         self._probe = Probe(model)
         self._open: Captured | None = None
         self._depth = 0  # of calls of the model within calls of the model
@@ -163,17 +164,11 @@ class Capture:
         self._now, self._merges, self._calls_of = found, inputs.merges(found.carrying), {}
 
     def _refuse_unsupported(self) -> None:
-        mixing = next(
-            (
-                name
-                for name, module in self._model.named_modules()
-                if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None)
-            ),
-            None,
-        )
-        if mixing is not None:
+        for name, module in self._batch_norms:
+            if not module.training and module.running_mean is not None:
+                continue
             raise InrunError(
-                f"{mixing}: batch normalisation in training mode mixes the examples of a batch, so that none has a "
+                f"{name}: batch normalisation in training mode mixes the examples of a batch, so that none has a "
                 "gradient of "
                 "its own. Freeze its statistics (call eval() on this module after model.train()), or use GroupNorm."
             )
