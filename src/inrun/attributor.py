@@ -186,8 +186,8 @@ class Attributor:
             self._open = False
         if not captured.calls:
             raise InrunError(
-                "no gradient reached the model inside the `batch` block: call the model and loss.backward() "
-                "both inside of it."
+                "no gradient reached the model inside the `batch` block: call the model and loss.backward() both "
+                "inside of it."
             )
         self._id_type = type(found[0])
         self._pending.append(microbatch)
@@ -234,9 +234,8 @@ class Attributor:
         if self._pending:
             waiting, self._pending = len(self._pending), []
             raise InrunError(
-                f"{waiting} `batch` block(s) had no optimizer.step() after them, so their examples have no "
-                "value for it. "
-                "Step before close(), or call discard() if these gradients were dropped on purpose."
+                f"{waiting} `batch` block(s) had no optimizer.step() after them, so their examples have no value for "
+                "it. Step before close(), or call discard() if these gradients were dropped on purpose."
             )
 
     def __enter__(self) -> "Attributor":
@@ -252,16 +251,15 @@ class Attributor:
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if any(argument is not None for argument in (*args[1:], *kwargs.values())):
             raise InrunError(
-                "optimizer.step(closure) is not supported: call backward() inside `batch`, then step() "
-                "without a closure."
+                "optimizer.step(closure) is not supported: call backward() inside `batch`, then step() without a "
+                "closure."
             )
         if self._open:
             raise InrunError("optimizer.step() was called inside the `batch` block: end the block first.")
         if not self._pending:
             raise InrunError(
                 "optimizer.step() without a `batch` before it: wrap the forward and backward passes in `with "
-                "attributor.batch(ids=...)`, "
-                "or detach() to train on unattributed."
+                "attributor.batch(ids=...)`, or detach() to train on unattributed."
             )
         moves = {
             p: Moved(p.detach(), p.grad, optimizer.state.get(p, {}), group)
@@ -276,9 +274,9 @@ class Attributor:
         except NonFiniteError as problem:
             if self._nonfinite == "stop":
                 raise NonFiniteError(
-                    f"step {self.step + 1}: {problem}. Nothing was moved and nothing booked. Look at the "
-                    f"batch with the ids {ids[:8]}, lower the "
-                    "learning rate, or give nonfinite='skip' to book such steps as skipped."
+                    f"step {self.step + 1}: {problem}. Nothing was moved and nothing booked. Look at the batch with "
+                    f"the ids {ids[:8]}, lower the learning rate, or give nonfinite='skip' to book such steps as "
+                    "skipped."
                 ) from None
             self._waiting = _Waiting(Step(self.step + 1, ids, {}, {}, self._train_loss(), skipped=True))
 
@@ -293,8 +291,7 @@ class Attributor:
         if late:
             raise InrunError(
                 f"the optimizer moves {len(late)} parameter(s) that were frozen, or not yet its own, when the "
-                "Attributor was attached "
-                f"(the first of shape {tuple(late[0].shape)}): detach() and attach again."
+                f"Attributor was attached (the first of shape {tuple(late[0].shape)}): detach() and attach again."
             )
         if not moves:
             raise InrunError(
@@ -305,8 +302,7 @@ class Attributor:
         if getattr(self.optimizer, "grad_scale", None) is not None:
             raise InrunError(
                 "a gradient scaler leaves the unscaling to this fused optimizer, which hides the gradient that it "
-                "receives: "
-                "call scaler.unscale_(optimizer) before scaler.step(optimizer)."
+                "receives: call scaler.unscale_(optimizer) before scaler.step(optimizer)."
             )
 
     def _evaluate(self, step: int, ids: list[Id], moves: Mapping[nn.Parameter, Moved]) -> "_Waiting":
@@ -350,8 +346,8 @@ class Attributor:
         ):
             raise InrunError(
                 f"step {result.step}: the gradients were changed inside of optimizer.step(), after the values were "
-                "computed from them "
-                "(a step hook that clips, most likely), so its values would be wrong. Change them before step()."
+                "computed from them (a step hook that clips, most likely), so its values would be wrong. Change them "
+                "before step()."
             )
         for p, expected in waiting.expected.items():
             # a step of no length, as under a rate of zero, shows nothing

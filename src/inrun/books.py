@@ -78,9 +78,8 @@ def check_conservation(
         unseen = magnitude == 0 and (left != 0 or right != 0)
         if unseen or not error <= tolerance:
             raise ConservationError(
-                f"{where}: the values that came through {', '.join(group.parameters.values())} add up to "
-                f"{left:.6g}, but <G, q> is "
-                f"{right:.6g} (a relative error of {error:.1e}, tolerance {tolerance:.0e}). {_CAUSES}"
+                f"{where}: the values that came through {', '.join(group.parameters.values())} add up to {left:.6g}, "
+                f"but <G, q> is {right:.6g} (a relative error of {error:.1e}, tolerance {tolerance:.0e}). {_CAUSES}"
             )
         worst = max(worst, error)
     return worst
@@ -88,12 +87,10 @@ def check_conservation(
 
 _CAUSES = (
     "A use of these parameters was not seen. Usual causes: gradients not zeroed before the batch, changed inside its "
-    "block "
-    "(clip after it), or made outside of it; a parameter read without calling its module, as in F.linear(x, m.weight); "
-    "a "
-    "penalty on the weights inside the loss (use the optimizer's weight_decay); autograd.grad() inside the block; a "
-    "hook "
-    "that changes gradients. If nothing of this can be changed, freeze these parameters (requires_grad_(False))."
+    "block (clip after it), or made outside of it; a parameter read without calling its module, as in F.linear(x, "
+    "m.weight); a penalty on the weights inside the loss (use the optimizer's weight_decay); autograd.grad() inside "
+    "the block; a hook that changes gradients. If nothing of this can be changed, freeze these parameters "
+    "(requires_grad_(False))."
 )
 
 

@@ -47,8 +47,7 @@ class Call:
         if self.versions != [x._version for x in tensors((self.args, self.kwargs))]:
             raise InrunError(
                 f"{self.unit.name}: an input of this module was changed in place after it was used, so its values "
-                "cannot be "
-                "computed. Use the out-of-place operation there, or load the next batch into other memory."
+                "cannot be computed. Use the out-of-place operation there, or load the next batch into other memory."
             )
 
 
@@ -71,10 +70,9 @@ def trained_parameters(model: nn.Module, optimizer: Optimizer) -> dict[nn.Parame
         for p in group["params"]:
             if p not in names:
                 raise InrunError(
-                    f"the optimizer's group {k} holds a parameter of shape {tuple(p.shape)} that is not the "
-                    "model's. Give the Attributor the module that "
-                    "holds all parameters of the optimizer (and build the optimizer after the model was "
-                    "moved or wrapped)."
+                    f"the optimizer's group {k} holds a parameter of shape {tuple(p.shape)} that is not the model's. "
+                    "Give the Attributor the module that holds all parameters of the optimizer (and build the "
+                    "optimizer after the model was moved or wrapped)."
                 )
             if p.is_complex():
                 raise InrunError(f"{names[p]}: complex parameters are not supported.")
@@ -154,10 +152,8 @@ class Capture:
         if not carrying:
             raise InrunError(
                 f"{examples} ids were given, but the model is called with inputs of shape {inputs.shapes()}: their "
-                "dimension "
-                f"{self._batch_dim} should hold {examples} examples. Give one id per example; if another dimension "
-                "holds "
-                "them, say batch_dim= to the Attributor."
+                f"dimension {self._batch_dim} should hold {examples} examples. Give one id per example; if another "
+                "dimension holds them, say batch_dim= to the Attributor."
             )
         if found is None or not set(found.carrying) <= set(carrying):
             found = self._found[inputs.signature] = self._probe.find(inputs, examples)
@@ -169,8 +165,8 @@ class Capture:
                 continue
             raise InrunError(
                 f"{name}: batch normalisation in training mode mixes the examples of a batch, so that none has a "
-                "gradient of "
-                "its own. Freeze its statistics (call eval() on this module after model.train()), or use GroupNorm."
+                "gradient of its own. Freeze its statistics (call eval() on this module after model.train()), or use "
+                "GroupNorm."
             )
         if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
             raise InrunError("autocast is not supported yet: train in the parameters' own precision.")
@@ -201,19 +197,17 @@ class Capture:
         if self._now is None or self._depth != 1:
             raise InrunError(
                 f"{unit.name} was called outside of the model's own forward, where it cannot be told which rows belong "
-                "to "
-                "which example. Put what is computed there into the forward of the model that the Attributor is given "
-                "(activation checkpointing, which runs a part of it again in the backward pass, is not supported yet)."
+                "to which example. Put what is computed there into the forward of the model that the Attributor is "
+                "given (activation checkpointing, which runs a part of it again in the backward pass, is not "
+                "supported yet)."
             )
         leaves, spec = tree_flatten(output)
         rows = self._now.rows.get((unit, index))
         if rows is None or len(rows) != len(leaves):
             raise InrunError(
                 f"{unit.name}: its call number {index + 1} in a forward was not seen when the model was run to find "
-                "out whose "
-                "rows are whose. A forward whose calls change from batch to batch, or between train and eval mode, "
-                "cannot "
-                "be attributed."
+                "out whose rows are whose. A forward whose calls change from batch to batch, or between train and "
+                "eval mode, cannot be attributed."
             )
         args, kwargs = tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, (tuple(args), dict(kwargs)))
         versions = [x._version for x in tensors((args, kwargs))]
@@ -226,8 +220,7 @@ class Capture:
             if found.merged and leaf.shape[found.dim or 0] // captured.examples not in self._merges:
                 raise InrunError(
                     f"{unit.name}: its output of shape {tuple(leaf.shape)} holds another number of entries per example "
-                    "than "
-                    "the model's inputs, so that it cannot be told whose they are."
+                    "than the model's inputs, so that it cannot be told whose they are."
                 )
             # a view of its own, so that the gradient is this output's alone where one output is made of another
             leaves[k] = leaf.view_as(leaf) if len(watched) > 1 else leaf

@@ -41,7 +41,7 @@ class Received:
         changed = [name for p, name in self._names.items() if not _same(p.grad, self.raw.get(p))]
         if changed:
             raise InrunError(
-                f"a `batch` had no optimizer.step(), and the gradients changed before the next one "
+                "a `batch` had no optimizer.step(), and the gradients changed before the next one "
                 f"({', '.join(changed[:4])}{', ...' if len(changed) > 4 else ''}). If they were dropped on purpose "
                 "(zero_grad without a step, or a step that a gradient scaler left out), call attributor.discard(); a "
                 "backward pass outside of a `batch` block belongs inside of one."
@@ -75,9 +75,8 @@ class Received:
             if new or smallest < 0 or (largest > 1 + _UNIFORM and not uniform):
                 raise InrunError(
                     f"{name}: between backward() and step() its gradient was changed by more than clipping or scaling, "
-                    "so "
-                    "it no longer is the sum of the examples' contributions (noise was added, or a backward pass ran "
-                    "outside of the `batch` block). Add such terms inside the loss, or in the optimizer."
+                    "so it no longer is the sum of the examples' contributions (noise was added, or a backward pass "
+                    "ran outside of the `batch` block). Add such terms inside the loss, or in the optimizer."
                 )
         return scales
 

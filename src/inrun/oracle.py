@@ -113,8 +113,8 @@ def exact_shapley(utility: Utility, players: int) -> Tensor:
     """
     if not 1 <= players <= MOST_PLAYERS:
         raise InrunError(
-            f"exact Shapley values take 2^n coalitions: {players} players are not between 1 and "
-            f"{MOST_PLAYERS}. Use monte_carlo_shapley."
+            f"exact Shapley values take 2^n coalitions: {players} players are not between 1 and {MOST_PLAYERS}. Use "
+            "monte_carlo_shapley."
         )
     worth = {}
     for size in range(players + 1):

@@ -142,10 +142,8 @@ class Probe:
                 problem = f"fails ({error.__cause__ or error})"
         raise InrunError(
             f"{', '.join(batchless)}: the output has no example dimension (one for all examples), and giving it one "
-            f"{problem}. "
-            "Add it to the examples' tensor as it is ([T, d] or [1, T, d]), and apply dropout or reshapes after that; "
-            "or "
-            "freeze the module (requires_grad_(False))."
+            f"{problem}. Add it to the examples' tensor as it is ([T, d] or [1, T, d]), and apply dropout or reshapes "
+            "after that; or freeze the module (requires_grad_(False))."
         )
 
     def _run(
@@ -166,10 +164,8 @@ class Probe:
             raise InrunError(
                 f"the model could not be run on {len(order)} examples to find out whose rows are whose "
                 f"({type(error).__name__}: {error}). Of its inputs of shape {inputs.shapes()}, those with one entry "
-                "per "
-                f"example in dimension {inputs.batch_dim} were taken to hold the examples. If one of them does not, "
-                "begin "
-                "with a batch of another size."
+                f"per example in dimension {inputs.batch_dim} were taken to hold the examples. If one of them does "
+                "not, begin with a batch of another size."
             ) from error
         finally:
             self._recording = None
@@ -245,8 +241,8 @@ def expanded(leaf: Tensor, rows: Rows | None, examples: int, unit: Unit) -> tupl
     if rows is None or not rows.fits(leaf, examples):
         raise InrunError(
             f"{unit.name}: its output of shape {tuple(leaf.shape)} for {examples} examples is laid out otherwise than "
-            "when the "
-            "model was run to find out whose rows are whose. A forward whose layout changes cannot be attributed."
+            "when the model was run to find out whose rows are whose. A forward whose layout changes cannot be "
+            "attributed."
         )
     if rows.dim is not None:
         return leaf, rows

@@ -110,8 +110,6 @@ def find_rows(
     raise InrunError(
         f"{where}: cannot tell which rows of its output belong to which example: shape {tuple(plain.shape)} for "
         f"{examples} examples, {tuple(again.shape)} for the same in another order and one more. The examples of a "
-        "batch "
-        "are mixed, reordered or packed inside the model, or its output does not follow from its input alone. Freeze "
-        "this "
-        "module (requires_grad_(False)), or compute the examples apart from one another."
+        "batch are mixed, reordered or packed inside the model, or its output does not follow from its input alone. "
+        "Freeze this module (requires_grad_(False)), or compute the examples apart from one another."
     )

@@ -99,10 +99,9 @@ class Target:
                 gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
         if all(gradient is None for gradient in gradients):
             raise InrunError(
-                f"target {self.name!r}: its loss does not depend on any parameter that the optimizer moves, "
-                "so no example can "
-                "have a value for it. Check that `loss` calls the model it is given, and does not detach its "
-                "output."
+                f"target {self.name!r}: its loss does not depend on any parameter that the optimizer moves, so no "
+                "example can have a value for it. Check that `loss` calls the model it is given, and does not detach "
+                "its output."
             )
         value = float(loss.detach())
         if not math.isfinite(value):
@@ -116,8 +115,8 @@ class Target:
                 f"a tensor of shape {tuple(loss.shape)}, {loss.dtype}" if isinstance(loss, Tensor) else repr(type(loss))
             )
             raise InrunError(
-                f"target {self.name!r}: loss(model, batch) must return a scalar tensor, the batch's mean "
-                f"loss; got {what}."
+                f"target {self.name!r}: loss(model, batch) must return a scalar tensor, the batch's mean loss; got "
+                f"{what}."
             )
         return loss.reshape(())
 
@@ -129,8 +128,8 @@ def _as_batches(name: str, batches: Any, model: nn.Module) -> list[Any]:
         return [batches]
     if not isinstance(batches, list | DataLoader):
         raise InrunError(
-            f"target {name!r}: expected one batch (a tensor, tuple or mapping) or a list or DataLoader of "
-            f"batches, got {type(batches).__name__}."
+            f"target {name!r}: expected one batch (a tensor, tuple or mapping) or a list or DataLoader of batches, got "
+            f"{type(batches).__name__}."
         )
     with preserved_random_state(model):  # a DataLoader draws a seed
         found = list(batches)

@@ -169,8 +169,8 @@ class _CollateIds:
         lacking = next((k for k, example in enumerate(examples) if column not in example), None)
         if lacking is not None:
             raise InrunError(
-                f"a training example has no {column!r} column (it has {', '.join(map(str, examples[lacking]))}): "
-                "add one, with an int or a string for every example, or name another with id_column=."
+                f"a training example has no {column!r} column (it has {', '.join(map(str, examples[lacking]))}): add "
+                "one, with an int or a string for every example, or name another with id_column=."
             )
         ids = [example[column] for example in examples]
         batch = self._collate([{k: v for k, v in example.items() if k != column} for example in examples])

@@ -81,9 +81,8 @@ def forward_mode(
             output = functional_call(module, swapped, args, kwargs, tie_weights=False)
         except NotImplementedError as error:
             raise InrunError(
-                f"{type(module).__name__}: one of its operators has no forward-mode derivative ({error}). "
-                "Write a rule with inrun.tangent.register_tangent, or freeze the module "
-                "(requires_grad_(False))."
+                f"{type(module).__name__}: one of its operators has no forward-mode derivative ({error}). Write a rule "
+                "with inrun.tangent.register_tangent, or freeze the module (requires_grad_(False))."
             ) from error
 
         def tangent_of(leaf: Any) -> Any:

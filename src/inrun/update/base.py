@@ -73,12 +73,10 @@ def update_of(optimizer: Optimizer) -> Update:
     kind = type(optimizer)
     if kind not in _updates:
         raise InrunError(
-            f"the optimizer {kind.__module__}.{kind.__qualname__} is not supported. Supported, by their "
-            "exact types: "
-            f"{', '.join(supported_optimizers())} (torch.optim). To add one, write its displacement as a "
-            "subclass of "
-            "inrun.update.Update, decorated with inrun.update.base.register(its type); "
-            "src/inrun/update/sgd.py is an example."
+            f"the optimizer {kind.__module__}.{kind.__qualname__} is not supported. Supported, by their exact types: "
+            f"{', '.join(supported_optimizers())} (torch.optim). To add one, write its displacement as a subclass of "
+            "inrun.update.Update, decorated with inrun.update.base.register(its type); src/inrun/update/sgd.py is an "
+            "example."
         )
     if any(group.get("differentiable") for group in optimizer.param_groups):
         raise InrunError(f"{kind.__name__}(differentiable=True) is not supported: use the ordinary step.")
@@ -100,9 +98,8 @@ def check_move(name: str, before: Tensor, after: Tensor, expected: Tensor) -> bo
     allowed = rounding + 1e3 * eps * length
     if not error <= allowed:
         raise InrunError(
-            f"{name}: the optimizer moved this parameter otherwise than inrun's displacement says (by "
-            f"{error:.2e} at most, where {allowed:.2e} is "
-            "rounding), so the step's values would be wrong. Something beside the optimizer changes the "
-            "weights in step(), or its step was replaced."
+            f"{name}: the optimizer moved this parameter otherwise than inrun's displacement says (by {error:.2e} at "
+            f"most, where {allowed:.2e} is rounding), so the step's values would be wrong. Something beside the "
+            "optimizer changes the weights in step(), or its step was replaced."
         )
     return length > 10 * rounding
