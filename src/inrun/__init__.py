@@ -5,10 +5,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from inrun import oracle
-    from inrun.attributor import Attributor, Step
+    from inrun.attributor import Attributor
     from inrun.books import ConservationError
     from inrun.errors import InrunError, NonFiniteError
     from inrun.ledger import Ledger, LedgerError, write_examples
+    from inrun.step import Step
 
 __all__ = [
     "Attributor",
@@ -24,8 +25,9 @@ __all__ = [
 
 # Loaded on first use: reading a ledger (`inrun top`) needs no torch.
 _HOMES = {
-    **dict.fromkeys(("Attributor", "Step"), "inrun.attributor"),
-    **dict.fromkeys(("ConservationError",), "inrun.books"),
+    "Attributor": "inrun.attributor",
+    "ConservationError": "inrun.books",
+    "Step": "inrun.step",
     **dict.fromkeys(("InrunError", "NonFiniteError"), "inrun.errors"),
     **dict.fromkeys(("Ledger", "LedgerError", "write_examples"), "inrun.ledger"),
 }

@@ -9,10 +9,9 @@ One step, from batch to ledger:
                                                 ledger/: step, id, target, value
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from numbers import Integral
 from os import PathLike
 from types import TracebackType
 from typing import Any, Literal
@@ -22,44 +21,16 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from inrun.books import Audit, check_conservation, groups_of, losses_without_data
-from inrun.capture import Capture, Captured, find_units, trained_parameters
+from inrun.capture import Capture, find_units, trained_parameters
 from inrun.direction import directions, displacements, pieces
 from inrun.errors import InrunError, NonFiniteError
 from inrun.gradient import Received
 from inrun.ledger import LedgerWriter
 from inrun.provenance import describe
+from inrun.step import Id, Microbatch, Step, as_ids
 from inrun.tangent.contraction import contract
 from inrun.target import Evaluation, Loss, Target
 from inrun.update import Moved, check_move, update_of
-
-Id = int | str
-
-
-@dataclass(frozen=True)
-class Step:
-    """The values of one optimizer step: `values[target]` is a float64 tensor [examples] in nats, in the order of `ids`.
-
-    Positive helps: the example lowered the target's loss. `losses[target]` is the target's loss where its gradient was
-    taken. `train_loss` is the sum of the losses that the step's batches reported, None if one did not. A step skipped
-    for a non-finite number has no values.
-    """
-
-    step: int
-    ids: list[Id]
-    values: dict[str, Tensor]
-    losses: dict[str, float]
-    train_loss: float | None = None
-    skipped: bool = False
-
-
-@dataclass
-class Microbatch:
-    """One `batch` block. Set `loss` to have the training loss in the ledger; what one does not set is left "
-    "empty there."""
-
-    ids: list[Id]
-    captured: Captured
-    loss: Tensor | float | None = None
 
 
 class Attributor:
@@ -170,7 +141,7 @@ class Attributor:
         """
         if not self._hooks:
             raise InrunError("the attributor is closed or detached: no batch can be valued any more.")
-        found = _as_ids(ids)
+        found = as_ids(ids)
         if self._id_type not in (None, type(found[0])):
             raise InrunError(f"ids were {self._id_type.__name__}s before and are {type(found[0]).__name__}s now.")
         if self._open:
@@ -194,8 +165,7 @@ class Attributor:
         self._received.keep()
 
     def discard(self) -> None:
-        """Forget the batches since the last step, for a loop that drops their gradients instead of "
-        "stepping."""
+        """Forget the batches since the last step, for a loop that drops their gradients instead of stepping."""
         self._pending = []
 
     def flush(self) -> None:
@@ -204,8 +174,7 @@ class Attributor:
             self._ledger.flush()
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint must hold to continue the run: the number of steps done. The ledger is flushed "
-        "first."""
+        """What a checkpoint must hold to continue the run: the number of steps done. The ledger is flushed first."""
         if self._pending:
             raise InrunError("state_dict() between a batch and its step: take checkpoints after optimizer.step().")
         self.flush()
@@ -395,18 +364,3 @@ class _Waiting:
     norms: Tensor | None = None
     before: dict[nn.Parameter, Tensor] = field(default_factory=dict)
     expected: dict[nn.Parameter, Tensor] = field(default_factory=dict)
-
-
-def _as_ids(ids: Any) -> list[Id]:
-    """Ids as a list of ints or of strings."""
-    if hasattr(ids, "tolist"):
-        ids = ids.tolist()
-    elif isinstance(ids, Sequence) and not isinstance(ids, str):
-        ids = [int(i) if isinstance(i, Integral) and not isinstance(i, bool) else i for i in ids]
-    if isinstance(ids, str) or not isinstance(ids, Sequence):
-        raise InrunError(f"ids must be a sequence with one int or string per example, got {type(ids).__name__}.")
-    kinds = {type(i) for i in ids}
-    if not ids or len(kinds) > 1 or not kinds <= {int, str}:
-        names = ", ".join(sorted(kind.__name__ for kind in kinds)) or "nothing"
-        raise InrunError(f"ids must be ints or strings, one per example and all of one type; got {names}.")
-    return list(ids)

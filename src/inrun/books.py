@@ -22,14 +22,14 @@ TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-5}
 
 
 class ConservationError(InrunError):
-    """The values of a step do not add up to what the optimizer received: some use of a parameter was not "
-    "seen."""
+    """The values of a step do not add up to what the optimizer received: some use of a parameter was not seen."""
 
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """Units that share parameters (most stand alone), checked together because g_i is the gradient of the "
-    "shared parameter."""
+    """Units that share parameters (most stand alone), checked together because g_i is the gradient of the
+    shared parameter.
+    """
 
     units: tuple[Unit, ...]
     parameters: dict[nn.Parameter, str]
@@ -96,8 +96,9 @@ _CAUSES = (
 
 @dataclass(frozen=True)
 class Audit:
-    """A target's real losses around one step, in nats: before it, after momentum alone, after momentum and "
-    "decay (D(0)), after it."""
+    """A target's real losses around one step, in nats: before it, after momentum alone, after momentum and
+    decay (D(0)), after it.
+    """
 
     before: float
     after_momentum: float
@@ -105,8 +106,7 @@ class Audit:
     after: float
 
     def row(self, value: float) -> dict[str, float]:
-        """The accounts of the step, given the sum of its values: drop = value + momentum + decay + "
-        "unexplained."""
+        """The accounts of the step, given the sum of its values: drop = value + momentum + decay + unexplained."""
         momentum, decay = self.before - self.after_momentum, self.after_momentum - self.after_zero
         return {
             "loss_before": self.before,

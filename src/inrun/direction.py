@@ -22,8 +22,7 @@ from inrun.update import Moved, Update
 
 @dataclass(frozen=True)
 class Piece:
-    """A piece [a, b] of the path s -> w + D(s G), and where the target's gradient is taken (None: at w "
-    "itself)."""
+    """A piece [a, b] of the path s -> w + D(s G), and where the target's gradient is taken (None: at w itself)."""
 
     a: float
     b: float
@@ -46,8 +45,7 @@ def pieces(scheme: str, nodes: int) -> list[Piece]:
 
 @dataclass(frozen=True)
 class Direction:
-    """One target's q, by parameter, and the target's loss where the gradient was taken (the mean over the "
-    "pieces)."""
+    """One target's q, by parameter, and the target's loss where the gradient was taken (the mean over the pieces)."""
 
     q: dict[nn.Parameter, Tensor]
     loss: float
@@ -82,8 +80,7 @@ def directions(
     moves: Mapping[nn.Parameter, Moved],
     path: Sequence[Piece],
 ) -> dict[str, Direction]:
-    """q and loss for every target at this step; a parameter on which a target does not depend has no entry "
-    "in its q."""
+    """q and loss for every target at this step; a parameter on which a target does not depend has no entry in its q."""
     qs: dict[str, dict[nn.Parameter, Tensor]] = {target.name: {} for target in targets}
     losses = {target.name: 0.0 for target in targets}
     parameters = list(moves)

@@ -74,8 +74,7 @@ class StepGame:
         self._nothing = self.loss_after(frozenset())
 
     def __call__(self, coalition: frozenset[int]) -> float:
-        """U(S): by how much the examples of the coalition lower the target's loss, beyond the step on no "
-        "data."""
+        """U(S): by how much the examples of the coalition lower the target's loss, beyond the step on no data."""
         return self._nothing - self.loss_after(coalition)
 
     def moved(self, coalition: Iterable[int]) -> dict[nn.Parameter, Tensor]:
@@ -133,8 +132,7 @@ def exact_shapley(utility: Utility, players: int) -> Tensor:
 
 
 def monte_carlo_shapley(utility: Utility, players: int, permutations: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Estimated Shapley values and their standard errors, float64 [players] each, from random orders of the "
-    "players."""
+    """Estimated Shapley values and their standard errors, float64 [players] each, from random orders of the players."""
     if players < 1 or permutations < 2:
         raise InrunError(
             f"monte_carlo_shapley needs a player and two permutations at least, got {players} and {permutations}."

@@ -80,8 +80,9 @@ class Inputs:
 
 
 class Probe:
-    """Finds the rows of every unit's outputs. Hooks on the units hand their outputs to `see` while it is "
-    "`recording`."""
+    """Finds the rows of every unit's outputs. Hooks on the units hand their outputs to `see` while it is
+    `recording`.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model

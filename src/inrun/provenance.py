@@ -16,8 +16,9 @@ from inrun.target import Target
 
 
 def describe(optimizer: Optimizer, units: Sequence[Unit], targets: Sequence[Target], **settings: Any) -> dict[str, Any]:
-    """Settings, optimizer, targets, versions and coverage; `identity` is what must stay the same when the "
-    "run is resumed."""
+    """Settings, optimizer, targets, versions and coverage; `identity` is what must stay the same when the
+    run is resumed.
+    """
     plain = (int, float, bool, str, tuple, list, type(None))
     return {
         "identity": {

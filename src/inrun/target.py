@@ -122,8 +122,7 @@ class Target:
 
 
 def _as_batches(name: str, batches: Any, model: nn.Module) -> list[Any]:
-    """One batch (tensor, tuple or mapping), or a list or DataLoader of them, as a list that can be used in "
-    "rotation."""
+    """One batch (tensor, tuple or mapping), or a list or DataLoader of them, as a list that can be used in rotation."""
     if isinstance(batches, Tensor | tuple | Mapping):
         return [batches]
     if not isinstance(batches, list | DataLoader):

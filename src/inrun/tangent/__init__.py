@@ -1,5 +1,4 @@
-"""The tangent of a unit's output in a direction of its parameters: a rule per kind of unit, and the generic "
-"one."""
+"""The tangent of a unit's output in a direction of its parameters: by a rule for its type, or the generic one."""
 
 from inrun.tangent import linear
 from inrun.tangent.generic import forward_mode

@@ -14,8 +14,9 @@ _rules: dict[type[nn.Module] | str, Rule] = {}
 
 
 def register_tangent(*kinds: type[nn.Module] | str) -> Callable[[Rule], Rule]:
-    """Use a rule for modules of exactly these types, or of types with these full names (which are then not "
-    "imported)."""
+    """Use a rule for modules of exactly these types, or of types with these full names (which are then not
+    imported).
+    """
 
     def decorate(rule: Rule) -> Rule:
         for kind in kinds:

@@ -17,8 +17,7 @@ from inrun.update.base import Moved, Update, register
 
 @register(torch.optim.Adam, torch.optim.AdamW)
 class AdamUpdate(Update):
-    """torch.optim.Adam and AdamW with amsgrad, coupled or decoupled decay, maximize; fused and foreach "
-    "alike."""
+    """torch.optim.Adam and AdamW with amsgrad, coupled or decoupled decay, maximize; fused and foreach alike."""
 
     def displacement(self, moved: Moved, s: float, *, decay: bool = True) -> Tensor:
         step = _Step(moved, decay)

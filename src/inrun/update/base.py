@@ -23,8 +23,9 @@ from inrun.errors import InrunError
 
 @dataclass(frozen=True)
 class Moved:
-    """One parameter as its optimizer meets it: weight and gradient, its state before the step, its group's "
-    "hyperparameters."""
+    """One parameter as its optimizer meets it: weight and gradient, its state before the step, its group's
+    hyperparameters.
+    """
 
     weight: Tensor
     gradient: Tensor
@@ -37,12 +38,10 @@ class Update(ABC):
 
     @abstractmethod
     def displacement(self, moved: Moved, s: float, *, decay: bool = True) -> Tensor:
-        """D(s G), in the shape of the weight. `decay=False` leaves the weight decay out: what momentum "
-        "alone does."""
+        """D(s G), in the shape of the weight. `decay=False` leaves the weight decay out: what momentum alone does."""
 
     def chord(self, moved: Moved, a: float, b: float) -> Tensor:
-        """c of the piece [a, b] by the quotient itself; override it where the difference of two moves "
-        "cancels."""
+        """c of the piece [a, b] by the quotient itself; override it where the difference of two moves cancels."""
         difference = self.displacement(moved, a) - self.displacement(moved, b)
         return torch.where(moved.gradient == 0, 0, difference / moved.gradient)
 
