@@ -189,3 +189,14 @@ def test_a_reader_that_leaves_early_is_no_traceback(folder: Path) -> None:
     process.stderr.close()
     assert process.wait(timeout=30) == 141
     assert errors == b""
+
+
+def test_a_full_disk_under_the_output_is_told(folder: Path) -> None:
+    if not Path("/dev/full").is_char_device():
+        pytest.skip("no /dev/full here")
+    for options in ([], ["--json"]):
+        command = [sys.executable, "-m", "inrun.cli.main", "top", str(folder), *options]
+        with open("/dev/full", "w") as full:
+            done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+        assert done.returncode == 1
+        assert done.stderr == "inrun top: the disk that is written to is full: free space, then try again.\n"

@@ -9,8 +9,8 @@ from math import log
 import pytest
 
 from inrun.lm.documents import Document, TextError
+from inrun.lm.held_out import held_out_ids
 from inrun.lm.sources import LEAST, MOST, SOURCES, Source, cut, demo_mixture, documents, installed_file, without_markup
-from inrun.lm.tokens import hold_out
 
 
 @pytest.fixture(scope="module")
@@ -63,9 +63,9 @@ def test_the_mixture_hangs_on_the_seed_alone(mixture: list[Document]) -> None:
 
 def test_a_share_held_out_of_the_mixture_is_that_share(mixture: list[Document]) -> None:
     """Choosing the mixture and holding out of it both go by hashes of ids: they must not be the same hash."""
-    kept, held = hold_out(mixture, "domain", 0.2, seed=3)
-    assert set(held) == set(SOURCES)
-    assert len(mixture) - len(kept) == pytest.approx(0.2 * len(mixture), rel=0.3)
+    held = held_out_ids(mixture, "domain", 0.2, seed=3)
+    assert set(held.values()) == set(SOURCES)
+    assert len(held) == pytest.approx(0.2 * len(mixture), rel=0.3)
 
 
 def test_asking_for_too_much_or_for_the_unknown() -> None:

@@ -15,14 +15,13 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from inrun.lm.documents import Document, TextError
+from inrun.lm.presets import PRESETS
 from inrun.lm.tokens import (
     Collate,
     TokenStore,
     build,
     fingerprint,
     fixed_batches,
-    held_out_ids,
-    hold_out,
     load_tokenizer,
     train_tokenizer,
 )
@@ -281,45 +280,12 @@ def test_target_batches_of_a_store(tmp_path: Path, tokenizer: PreTrainedTokenize
         fixed_batches([], 4, 7)
 
 
-GROUPS = [Document(str(i), TEXT, {"domain": "abc"[i % 3]} if i % 7 else {}) for i in range(300)]
-
-
-@pytest.mark.parametrize("per_group", [5, 0.1])
-def test_held_out_documents_are_whole_and_on_one_side(per_group: float) -> None:
-    kept, held = hold_out(GROUPS, "domain", per_group)
-    names = [d.id for d in kept] + [d.id for group in held.values() for d in group]
-    assert sorted(names) == sorted(d.id for d in GROUPS)
-    assert set(held) == {"a", "b", "c"}
-    assert all(d.columns["domain"] == group for group, of in held.items() for d in of)
-    assert [d for d in kept if not d.columns] == [d for d in GROUPS if not d.columns]
-    assert [d for d in GROUPS if d in held["a"]] == held["a"]
-    if per_group == 5:
-        assert {len(of) for of in held.values()} == {5}
-    again = hold_out(list(reversed(GROUPS)), "domain", per_group)[1]
-    assert {d.id for d in again["b"]} == {d.id for d in held["b"]}
-    assert hold_out(GROUPS, "domain", per_group, seed=1)[1] != held
-
-
-def test_under_a_share_no_document_changes_sides_when_others_come() -> None:
-    before, after = held_out_ids(GROUPS[:200], "domain", 0.2), held_out_ids(GROUPS, "domain", 0.2)
-    assert before == {name: group for name, group in after.items() if int(name) < 200}
-    assert len(after) == pytest.approx(0.2 * len([d for d in GROUPS if d.columns]), rel=0.35)
-
-
-def test_groups_that_cannot_be_held_out() -> None:
-    few = [Document("1", TEXT, {"domain": "rare"}), Document("2", TEXT, {"domain": "rare"})]
-    assert len(held_out_ids(few, "domain", 0.01)) == len(held_out_ids(few, "domain", 0.99)) == 1
-    with pytest.raises(TextError, match="group 'rare' of 'domain' has 2 documents: holding out 2 leaves none"):
-        hold_out(few, "domain", 2)
-    with pytest.raises(TextError, match="group 'rare' of 'domain' has 1 documents"):
-        hold_out(few[:1], "domain", 0.5)
-    with pytest.raises(TextError, match=r"no document has a value in column 'source'; there are: \['domain'\]"):
-        hold_out(few, "source", 1)
-    for wrong in (0, -1, 1.5, 0.0):
-        with pytest.raises(TextError, match="give a count, or a share under 1"):
-            hold_out(few, "domain", wrong)
-
-
 def test_the_table_of_a_store_is_plain_parquet(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     store = store_of(tmp_path, tokenizer, [TEXT])
     assert pl.read_parquet(store.folder / "examples.parquet").equals(store.examples())
+
+
+def test_a_folder_with_a_configuration_alone_is_no_tokenizer(tmp_path: Path) -> None:
+    PRESETS["tiny"].config(300, 64).save_pretrained(tmp_path)
+    with pytest.raises(TextError, match="the tokenizer has no vocabulary; give the folder that holds its tokenizer"):
+        load_tokenizer(tmp_path)

@@ -2,6 +2,10 @@
 
 import json
 import re
+import resource
+import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,8 +16,10 @@ from rich.console import Console
 from inrun import InrunError, Ledger
 from inrun.cli.main import main
 from inrun.lm.config import Train
+from inrun.lm.place import held, held_already
 from inrun.lm.presets import PRESETS
-from inrun.lm.train import train
+from inrun.lm.tokens import TokenStore, load_tokenizer
+from inrun.lm.train import _arguments, train
 from tests.lm.corpus import write_corpus
 
 
@@ -84,6 +90,15 @@ def test_the_papers_presets_have_the_papers_settings() -> None:
         ({"target": ("a=x", "a=y")}, "NAME=FILE"),
         ({"target": ("../a=x",)}, "NAME=FILE"),
         ({"epochs": 1.0}, "--steps and --epochs"),
+        ({"steps": 0}, "--steps 0: give a number of 1 or more"),  # not the preset's 1,000
+        ({"sequence": 0}, "--sequence 0: give a number of 2 or more"),
+        ({"accumulation": 0}, "--accumulation 0"),
+        ({"save_every": 0}, "--save-every 0"),
+        ({"learning_rate": -1.0}, "--learning-rate -1.0: give a number of 0 or more"),
+        ({"clip": float("nan")}, "--clip nan"),
+        ({"seed": -1}, "--seed -1: give a number from 0 to 4294967295"),
+        ({"steps": None, "epochs": 0.0}, "--epochs 0.0: give a number above 0"),
+        ({"target_share": 1.0}, "--target-share 1.0: give a share"),
         ({"target_from": "colour"}, "no document has a value in column 'colour'.*domain"),
         ({"model": "huge"}, "'huge' is no preset"),
         ({"target": ("t=missing.txt",), "target_from": None}, "missing.txt"),
@@ -125,3 +140,112 @@ def test_a_folder_with_a_run_and_a_resumption_with_other_options_are_refused(cor
         train(replace(config, steps=2, nodes=3, resume=True), Console(quiet=True))
     with pytest.raises(InrunError, match=r"no run to resume here"):
         train(Train(out=tmp_path / "none", resume=True), Console(quiet=True))
+
+
+def test_a_run_that_could_not_begin_leaves_its_folder_free(corpus: Path, tmp_path: Path) -> None:
+    config = small(corpus, tmp_path / "run")
+    for changes in ({"target": ("t=missing.txt",)}, {"data": ("missing.txt",)}, {"model": "huge"}):
+        with pytest.raises(InrunError):
+            train(replace(config, vocab_size=300, **changes), Console(quiet=True))
+        assert held_already(config.out) is None
+    train(replace(config, steps=1), Console(quiet=True))  # and nothing of the wrong ones is taken over
+    assert len(load_tokenizer(config.out / "tokenizer")) == 400
+
+
+def test_what_stands_in_a_folder_is_never_taken_for_the_runs(corpus: Path, tmp_path: Path) -> None:
+    config = small(corpus, tmp_path / "run")
+    (config.out / "tokens").mkdir(parents=True)
+    for resume in (False, True):
+        with pytest.raises(InrunError, match=r"already holds a run \(tokens\): choose another folder with --out\."):
+            train(replace(config, resume=resume), Console(quiet=True))
+    assert [path.name for path in config.out.iterdir() if path.name != ".lock"] == ["tokens"]
+
+
+def test_groups_of_any_name_are_targets_inside_the_runs_folder(tmp_path: Path) -> None:
+    groups = ["a/b", "..", str(tmp_path / "escaped"), "x" * 300, "", "Code", "code", ".hidden", "a\0b", "\u043a [red]"]
+    rows = [
+        {"id": f"{number}-{k}", "text": f"{k} is in group {number} of this text", "domain": group}
+        for number, group in enumerate(groups)
+        for k in range(4)
+    ]
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = replace(small(corpus, tmp_path / "run"), vocab_size=300, steps=2)
+    run = train(config, Console(quiet=True))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus.jsonl", "run"]
+    folders = [path.name for path in (run / "targets").iterdir()]
+    assert len({name.lower() for name in folders}) == len(folders) == len(groups)
+    ledger = Ledger(run)
+    assert ledger.targets == sorted(groups)
+    values = ledger.values()
+    for place in (run / "targets").iterdir():  # each target is its own group's text
+        of = TokenStore(place)
+        assert of.examples()["domain"].unique().to_list() == [of.meta["settings"]["target"]]
+    # the targets are found again under their names, without the text
+    corpus.unlink()
+    assert main(["train", "--out", str(run), "--resume"]) == 0
+    shutil.rmtree(run / "checkpoints")
+    assert main(["train", "--out", str(run), "--resume"]) == 0
+    assert Ledger(run).values().sort("id", "target").equals(values.sort("id", "target"))
+
+
+def test_a_folder_is_one_processs_at_a_time(corpus: Path, tmp_path: Path) -> None:
+    config = small(corpus, tmp_path / "run")
+    with held(config.out), pytest.raises(InrunError, match="another process is training in this folder"):
+        train(config, Console(quiet=True))
+    with pytest.raises(InrunError, match=r"cannot be made or written to \(Not a directory\)"):
+        train(replace(config, out=corpus / "run"), Console(quiet=True))
+
+
+@pytest.mark.parametrize("limit", [3_000_000, 4_000_000])  # bytes: less than the weights, than the optimizer's state
+def test_a_disk_that_is_full_at_a_checkpoint_is_told_and_the_run_goes_on_later(
+    corpus: Path, tmp_path: Path, limit: int
+) -> None:
+    config = replace(small(corpus, tmp_path / "a run"), steps=4, save_every=2)
+    whole = Ledger(train(replace(config, out=tmp_path / "whole"), Console(quiet=True))).values("code")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        with pytest.raises(
+            InrunError, match=r"could not be written .* go on with: inrun train --out '.*a run' --resume"
+        ):
+            train(config, Console(quiet=True))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert main(["train", "--out", str(config.out), "--resume"]) == 0
+    assert Ledger(config.out).values("code").equals(whole)
+
+
+def test_a_warm_up_that_was_asked_for_is_kept(corpus: Path, tmp_path: Path) -> None:
+    config = small(corpus, tmp_path)
+    tiny = PRESETS["tiny"]
+    assert _arguments(config, tiny, 6).warmup_steps == 3  # the preset's 100 are more than half of the run
+    assert _arguments(replace(config, warmup_steps=5), tiny, 6).warmup_steps == 5
+
+
+def test_interrupted_says_how_to_go_on(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("inrun.lm.train.build", interrupted)
+    run = tmp_path / "a run"
+    options = ["--target-from", "domain", "--target-share", "0.2", "--steps", "2", "--vocab-size", "300"]
+    assert main(["train", str(corpus), "--out", str(run), *options]) == 130
+    assert f"go on with: inrun train --out '{run}' --resume" in capsys.readouterr().out
+    monkeypatch.undo()
+    assert main(["train", "--out", str(run), "--resume"]) == 0
+
+
+def test_a_closed_pipe_ends_a_run_with_a_word_on_how_to_go_on(corpus: Path, tmp_path: Path) -> None:
+    options = ["--target-from", "domain", "--target-share", "0.2", "--steps", "2", "--vocab-size", "300"]
+    command = [sys.executable, "-m", "inrun.cli.main", "train", str(corpus), "--out", str(tmp_path / "run"), *options]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        told = process.stderr.read()
+    assert process.returncode == 141
+    assert "go on with: inrun train" in told
+    assert "Traceback" not in told

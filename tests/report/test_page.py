@@ -4,6 +4,7 @@ import base64
 import hashlib
 import html
 import json
+import os
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -279,3 +280,10 @@ def test_many_groups_end_in_one_row_that_keeps_the_totals() -> None:
 def test_text_is_shown_on_one_line_without_control_characters(text: str, line: str) -> None:
     assert one_line(text) == line
     assert printable("a\nb\x00") == "a\nb "
+
+
+def test_a_page_never_takes_the_place_of_a_device(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ReportError, match=r"pipe: it is there and not a plain file"):
+        write_report(write_ledger(tmp_path / "run"), tmp_path / "pipe")
+    assert (tmp_path / "pipe").is_fifo()

@@ -23,6 +23,7 @@ from inrun.lm.train import train
 from inrun.report import write_report
 
 CORPUS = "corpus.jsonl"
+MARK = ".demo"  # says that the folder is a demo's, however far it came
 SOURCES = ("scripture", "code", "news", "parliament", "tweets")
 
 
@@ -76,7 +77,7 @@ def run(config: Demo) -> int:
 
 def _clear(folder: Path) -> None:
     """Remove an earlier demo, and nothing else."""
-    if (folder / CORPUS).exists() and (folder / CONFIG).exists():
+    if (folder / MARK).exists() or ((folder / CORPUS).exists() and (folder / CONFIG).exists()):
         shutil.rmtree(folder)
     elif folder.exists() and any(folder.iterdir()):
         raise DemoError(f"{folder} holds something other than an earlier demo: choose another folder with --out.")
@@ -84,6 +85,7 @@ def _clear(folder: Path) -> None:
 
 def _write_corpus(config: Demo) -> Path:
     config.out.mkdir(parents=True, exist_ok=True)
+    (config.out / MARK).touch()
     draft = config.out / f".{CORPUS}"
     with draft.open("w", encoding="utf-8") as file:
         for document in demo_mixture(config.characters, names=SOURCES):

@@ -1,5 +1,6 @@
 """`inrun`: finds the command, turns its dataclass into a command line, prints errors that users can mend."""
 
+import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -66,8 +67,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"inrun {name}: interrupted", file=sys.stderr)
         return _INTERRUPTED
     except BrokenPipeError:
-        # `inrun top RUN | head`: let the interpreter's last flush go nowhere instead of failing too
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _let_go_of_output()
+        return _PIPE_CLOSED
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        _let_go_of_output()
+        print(f"inrun {name}: the disk that is written to is full: free space, then try again.", file=sys.stderr)
+        return _FAILED
+    except SystemExit as stop:  # what rich makes of a closed pipe
+        if not isinstance(stop.__context__, BrokenPipeError):
+            raise
         return _PIPE_CLOSED
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
@@ -79,6 +89,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return _FAILED
+
+
+def _let_go_of_output() -> None:
+    """`inrun top RUN | head`: let the interpreter's last flush go nowhere instead of failing too."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _run(name: str, arguments: Sequence[str]) -> int:

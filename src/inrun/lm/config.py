@@ -1,7 +1,9 @@
 """What `inrun train` is told, as it is stored with the run."""
 
 import json
+import math
 import os
+import sys
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -11,6 +13,17 @@ from tyro.conf import Positional, arg
 from inrun.errors import InrunError
 
 CONFIG = "config.json"
+
+_MOST = 2**31 - 1
+_RANGES: dict[str, tuple[float, float]] = {
+    **dict.fromkeys(("target_examples", "target_batch", "batch", "accumulation", "steps", "nodes"), (1, _MOST)),
+    **dict.fromkeys(("warmup_steps", "audit_every"), (0, _MOST)),
+    **dict.fromkeys(("learning_rate", "min_learning_rate", "weight_decay", "clip"), (0, sys.float_info.max)),
+    "save_every": (1, _MOST),
+    "sequence": (2, _MOST),
+    "vocab_size": (257, _MOST),  # 256 bytes and the end of a text
+    "seed": (0, 2**32 - 1),
+}
 
 
 class ConfigError(InrunError):
@@ -89,12 +102,30 @@ class Train:
     save_every: int = 500
     """Steps between checkpoints."""
 
+    def check_numbers(self) -> None:
+        """Raise ConfigError for the first number that is out of its range."""
+        for name, (least, most) in _RANGES.items():
+            value = getattr(self, name)
+            if value is not None and not least <= value <= most:
+                limits = f"of {least} or more" if most in (_MOST, sys.float_info.max) else f"from {least} to {most}"
+                raise ConfigError(f"--{name.replace('_', '-')} {value}: give a number {limits}.")
+        if self.epochs is not None and not 0 < self.epochs < math.inf:
+            raise ConfigError(f"--epochs {self.epochs}: give a number above 0.")
+        if self.target_from is not None and not 0 < self.target_share < 1:
+            raise ConfigError(f"--target-share {self.target_share}: give a share between 0 and 1, as 0.05.")
+
     def store(self) -> None:
         """Write the configuration into the run's folder, whole or not at all."""
-        self.out.mkdir(parents=True, exist_ok=True)
         temporary = self.out / f".{CONFIG}"
-        temporary.write_text(json.dumps(asdict(self), indent=2, default=str) + "\n", encoding="utf-8")
-        os.replace(temporary, self.out / CONFIG)
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+            temporary.write_text(json.dumps(asdict(self), indent=2, default=str) + "\n", encoding="utf-8")
+            os.replace(temporary, self.out / CONFIG)
+        except OSError as error:
+            raise ConfigError(
+                f"{self.out / CONFIG} could not be written ({error.strerror or error}): free space or correct the "
+                "folder's rights, then begin again."
+            ) from error
 
     @classmethod
     def stored(cls, folder: Path) -> Self | None:

@@ -154,7 +154,9 @@ def build_model(name_or_path: str, vocab_size: int, sequence: int, *, eos: int |
     text = config.get_text_config()
     positions = getattr(text, "max_position_embeddings", None)
     if positions is not None and positions < sequence:
-        raise ModelError(f"{path}: has {positions} positions, fewer than a sequence of {sequence}; give a shorter one")
+        raise ModelError(
+            f"{path}: has {positions} positions, fewer than a sequence of {sequence}: give --sequence {positions}"
+        )
     if path.is_dir() and any(path.glob("*.safetensors")):
         if not 0.9 * text.vocab_size <= vocab_size <= text.vocab_size:
             raise ModelError(

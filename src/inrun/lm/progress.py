@@ -4,7 +4,8 @@ import time
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Column
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from inrun.integrations.transformers import InrunCallback
@@ -20,7 +21,12 @@ class ProgressCallback(TrainerCallback):
         self._loss = self._booked = 0.0
         self._begun_at, self._begun, self._said = 0, 0.0, 0.0
         self._bar = Progress(
-            TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.description}"), console=console
+            # never wrapped, so that a narrow terminal takes room from the bar and not from the count
+            TextColumn("step {task.completed}/{task.total}"),
+            BarColumn(bar_width=None, table_column=Column(ratio=1)),
+            TextColumn("{task.description}"),
+            console=console,
+            expand=True,
         )
         self._task = self._bar.add_task("", total=None)
 
@@ -41,10 +47,7 @@ class ProgressCallback(TrainerCallback):
         now = time.monotonic()
         rate = done / (now - self._begun)
         left = (state.max_steps - state.global_step) / rate
-        text = (
-            f"loss {self._loss:.3f}  values {self._booked:+.3f} nats over {len(attributor.last.values)} targets  "
-            f"{rate:.2f} steps/s  {clock(left)} left"
-        )
+        text = f"loss {self._loss:.3f}  values {self._booked:+.3f} nats  {rate:.2f} steps/s  {clock(left)} left"
         if self._console.is_terminal:
             self._bar.update(self._task, completed=state.global_step, description=text)
         elif now - self._said >= LINE_EVERY or state.global_step == state.max_steps:
@@ -56,7 +59,8 @@ class ProgressCallback(TrainerCallback):
 
     def stop(self) -> None:
         """Give the terminal back."""
-        self._bar.stop()
+        if self._console.is_terminal:  # elsewhere it never began, and stopping it would print an empty line
+            self._bar.stop()
 
 
 def clock(seconds: float) -> str:

@@ -83,6 +83,8 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> PreTrainedTokenizerFast:
         raise TextError(f"{folder}: no tokenizer can be loaded from this folder: {error}") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise TextError(f"{folder}: {type(tokenizer).__name__} has no `tokenizer.json`; save its fast version")
+    if not tokenizer("text", add_special_tokens=False)["input_ids"]:  # made of a config.json alone, with no word
+        raise TextError(f"{folder}: the tokenizer has no vocabulary; give the folder that holds its tokenizer.json")
     if tokenizer.eos_token_id is None:
         raise TextError(f"{folder}: the tokenizer has no end-of-text token (eos_token); set one and save it")
     if tokenizer.pad_token_id is None:
@@ -325,52 +327,3 @@ def fixed_batches(
         collate, rows = Collate(pad), [torch.as_tensor(examples[i], dtype=torch.long) for i in chosen]
     number = -(-count // batch_size)
     return [collate([{"input_ids": row} for row in rows[k::number]]) for k in range(number)]
-
-
-def hold_out(
-    documents: Iterable[Document], column: str, per_group: int | float, seed: int = 0
-) -> tuple[list[Document], dict[str, list[Document]]]:
-    """(kept documents, held-out documents by group), groups being the values of `column`; order is kept.
-
-    `per_group`: a count, or a share under 1. A document's side hangs on a hash of its id and `seed` only, so
-    under a share it stays when others come or go; a group never gives all its documents nor none. Documents
-    without a value in `column` are kept. Raises TextError for a column that no document has, and for a group
-    too small.
-    """
-    everything = list(check_ids(documents))
-    held = held_out_ids(everything, column, per_group, seed)
-    kept = [d for d in everything if d.id not in held]
-    groups: dict[str, list[Document]] = {group: [] for group in held.values()}
-    for document in everything:
-        if document.id in held:
-            groups[held[document.id]].append(document)
-    return kept, groups
-
-
-def held_out_ids(documents: Iterable[Document], column: str, per_group: int | float, seed: int = 0) -> dict[str, str]:
-    """Which documents `hold_out` holds out, and for which group: {id: group}. Holds ids, never texts."""
-    if not (per_group >= 1 if isinstance(per_group, int) else 0 < per_group < 1):
-        raise TextError(f"{per_group} documents cannot be held out of a group: give a count, or a share under 1")
-    ranks: dict[str, list[tuple[float, str]]] = {}
-    there: set[str] = set()
-    for document in documents:
-        there |= document.columns.keys()
-        group = document.columns.get(column)
-        if group is not None:
-            digest = hashlib.sha256(f"hold out\0{seed}\0{document.id}".encode()).digest()
-            rank = int.from_bytes(digest[:8], "big") / 2**64
-            ranks.setdefault(str(group), []).append((rank, document.id))
-    if not ranks:
-        raise TextError(f"no document has a value in column {column!r}; there are: {sorted(there)}")
-    held: dict[str, str] = {}
-    for group, ranked in sorted(ranks.items()):
-        ranked.sort()
-        share = sum(rank < per_group for rank, _ in ranked)
-        take = per_group if isinstance(per_group, int) else min(max(share, 1), len(ranked) - 1)
-        if not 0 < take < len(ranked):
-            raise TextError(
-                f"group {group!r} of {column!r} has {len(ranked)} documents: holding out {max(take, 1)} "
-                "leaves none to train on; hold out fewer, or give the target its own file"
-            )
-        held |= {name: group for _, name in ranked[:take]}
-    return held

@@ -5,9 +5,13 @@ checkpoints, the ledger and, at the end, the model. Each is written whole or not
 moment goes on with `--resume` and ends with the same ledger as one that was not.
 """
 
+import errno
 import math
 import os
+import re
+import shlex
 import shutil
+import sys
 from collections.abc import Iterator
 from itertools import chain, islice
 from pathlib import Path
@@ -16,12 +20,16 @@ from typing import Any
 import torch
 import transformers
 from rich.console import Console
+from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, PrinterCallback, Trainer, TrainingArguments
 
+from inrun.errors import InrunError
 from inrun.integrations.transformers import attach, last_checkpoint
-from inrun.ledger import write_examples
+from inrun.ledger import LedgerError, write_examples
 from inrun.lm.config import CONFIG, ConfigError, Train
 from inrun.lm.documents import Document, check_ids, read_documents
+from inrun.lm.held_out import held_out_ids
+from inrun.lm.place import RUN, folder_name, forget, held, held_already
 from inrun.lm.presets import PRESETS, Preset, build_model
 from inrun.lm.progress import ProgressCallback
 from inrun.lm.tokens import (
@@ -30,29 +38,59 @@ from inrun.lm.tokens import (
     build,
     fingerprint,
     fixed_batches,
-    held_out_ids,
     load_tokenizer,
     train_tokenizer,
 )
+from inrun.report import one_line
 
+_WRITING = re.compile("I/O error|PytorchStreamWriter|inline_container")
 TOKENIZER_DOCUMENTS = 20_000  # a tokenizer is trained on the first of them
+
+
+class TrainError(InrunError):
+    """A run that broke off on its way: the message says why and how it goes on."""
 
 
 def train(config: Train, console: Console) -> Path:
     """Carry out a run, or the rest of one, and return its folder.
 
-    Raises InrunError for options, text, models and folders that cannot be used.
+    Raises InrunError for options, text, models and folders that cannot be used, and where the disk refuses.
     """
-    config = _begin(config)
+    run = config.out
+    with held(run):
+        config, fresh = _begin(config)
+        resume = f"inrun train --out {shlex.quote(str(run))} --resume"
+        try:
+            _carry_out(config, console)
+        except KeyboardInterrupt:
+            console.print(f"interrupted; go on with: {resume}", highlight=False, soft_wrap=True)
+            raise
+        except SystemExit:  # what rich makes of a closed pipe
+            print(f"inrun train: nobody reads the output any more; go on with: {resume}", file=sys.stderr)
+            raise
+        except Exception as error:
+            if fresh and not (run / RUN).exists():
+                forget(run)  # the mended command finds the folder as this one found it
+            if not _disk_refused(error):
+                raise
+            raise TrainError(
+                f"{run}: the run's files could not be written ({_brief(error)}). Free space or correct the folder's "
+                f"rights, then {f'go on with: {resume}' if (run / CONFIG).exists() else 'begin again'}"
+            ) from error
+    console.print(f"values: {run}; see them with: inrun report {run}", highlight=False, soft_wrap=True)
+    return run
+
+
+def _carry_out(config: Train, console: Console) -> None:
     run = config.out
     transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     preset = PRESETS.get(config.model, Preset("", PRESETS["tiny"].architecture, sequence=1024, vocab_size=32_000))
     sequence = config.sequence or preset.sequence
     tokenizer = _tokenizer(config, preset.vocab_size, console)
-    text, targets = _tokens(config, tokenizer, sequence, console)
     torch.manual_seed(config.seed)
     model = build_model(config.model, len(tokenizer), sequence, eos=tokenizer.eos_token_id)
+    text, targets = _tokens(config, tokenizer, sequence, console)
     steps = _steps(config, preset, len(text))
     _say(console, config, model, text, targets, steps)
     write_examples(run, text.examples())
@@ -65,8 +103,19 @@ def train(config: Train, console: Console) -> Path:
         _train(config, _arguments(config, preset, steps), model, text, targets, checkpoint, console)
     model.save_pretrained(run / "model")
     tokenizer.save_pretrained(run / "model")
-    console.print(f"values: {run}; see them with: inrun report {run}", highlight=False, soft_wrap=True)
-    return run
+
+
+def _disk_refused(error: Exception) -> bool:
+    """Whether a file could not be written; safetensors and torch say so in errors of their own."""
+    if isinstance(error, LedgerError) and isinstance(error.__cause__, OSError):
+        error = error.__cause__
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES)
+    return isinstance(error, SafetensorError | RuntimeError) and bool(_WRITING.search(str(error)))
+
+
+def _brief(error: Exception) -> str:
+    return getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
 
 
 def _train(
@@ -100,19 +149,22 @@ def _train(
         console.print(f"resuming from {checkpoint.name}", highlight=False)
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
-    except KeyboardInterrupt:
-        console.print(f"interrupted; go on with: inrun train --out {config.out} --resume", highlight=False)
-        raise
     finally:
         progress.stop()
 
 
-def _begin(config: Train) -> Train:
-    """Check the folder and keep the configuration in it; the stored one if a run is resumed."""
-    if config.resume:
+def _begin(config: Train) -> tuple[Train, bool]:
+    """Check options and folder, and keep the configuration there; the stored one, and False, if a run is resumed."""
+    resumed = config.resume
+    if resumed:
         config = config.continued()
-    elif any((config.out / name).exists() for name in (CONFIG, "run.json")):
-        raise ConfigError(f"{config.out} already holds a run: choose another folder with --out, or add --resume.")
+    fresh = not (config.out / CONFIG).exists()
+    there = held_already(config.out)
+    if there is not None and (fresh or not resumed):
+        raise ConfigError(
+            f"{config.out} already holds a run ({there}): choose another folder with --out"
+            + ("." if fresh else ", or add --resume.")
+        )
     if not config.data:
         raise ConfigError("no text to train on: give one or more files, folders or `datasets` names.")
     if not config.target and config.target_from is None:
@@ -122,9 +174,10 @@ def _begin(config: Train) -> Train:
         )
     if config.steps is not None and config.epochs is not None:
         raise ConfigError("--steps and --epochs were both given: give one of them.")
+    config.check_numbers()
     _target_files(config)
     config.store()
-    return config
+    return config, fresh
 
 
 def _target_files(config: Train) -> dict[str, str]:
@@ -145,8 +198,8 @@ def _tokenizer(config: Train, vocab_size: int, console: Console) -> PreTrainedTo
     """The run's tokenizer: as stored with it, as named, the pretrained model's, or trained on the text."""
     stored = config.out / "tokenizer"
     if not stored.exists():
-        source = config.tokenizer or Path(config.model)
-        if config.tokenizer is not None or (source / "tokenizer.json").exists():
+        source = config.tokenizer or Path(config.model).expanduser()
+        if config.tokenizer is not None or (config.model not in PRESETS and (source / "tokenizer.json").exists()):
             tokenizer = load_tokenizer(source)
         else:
             size = config.vocab_size or vocab_size
@@ -165,39 +218,48 @@ def _tokens(
     config: Train, tokenizer: PreTrainedTokenizerFast, sequence: int, console: Console
 ) -> tuple[TokenStore, dict[str, TokenStore]]:
     """The tokens of the text to train on and of every target, made once and found again by a resumed run."""
-    held: dict[str, str] = {}
-    if config.target_from is not None:
-        everything = check_ids(chain.from_iterable(_documents(config, path) for path in config.data))
-        held = held_out_ids(everything, config.target_from, config.target_share, config.seed)
     files = _target_files(config)
-    twice = sorted(set(files) & set(held.values()))
-    if twice:
-        raise ConfigError(f"--target {twice[0]}: a group of {config.target_from} is a target of this name already.")
-
-    def store(place: Path, documents: Iterator[Document], settings: dict[str, Any]) -> TokenStore:
-        if place.exists():
-            found = TokenStore(place)
-            if found.meta["fingerprint"] == fingerprint(tokenizer, sequence=sequence, settings=settings):
-                return found
-            raise ConfigError(f"{place}: tokens of another text or tokenizer; choose another folder for this run.")
-        place.parent.mkdir(parents=True, exist_ok=True)
-        console.print(f"tokenizing {settings['of']}", highlight=False, soft_wrap=True)
-        return build(documents, tokenizer, place, sequence=sequence, settings=settings)
+    tokens, places = config.out / "tokens", config.out / "targets"
+    if tokens.exists():  # made last: all are there, and the text may have moved since
+        stores = [TokenStore(place) for place in places.iterdir() if not place.name.startswith(".")]
+        of = {store.meta["settings"]["target"]: store for store in stores}
+        found = TokenStore(tokens)
+        for one in (found, *stores):
+            if one.meta["fingerprint"] != fingerprint(tokenizer, sequence=sequence, settings=one.meta["settings"]):
+                raise ConfigError(
+                    f"{one.folder}: tokens of another tokenizer or sequence; choose another folder for this run."
+                )
+        return found, {name: of[name] for name in [*sorted(of.keys() - files), *files]}
 
     def text() -> Iterator[Document]:
         return chain.from_iterable(_documents(config, path) for path in config.data)
 
-    settings = {"data": list(config.data), "from": config.target_from, "share": config.target_share}
+    held: dict[str, str] = {}
+    if config.target_from is not None:
+        held = held_out_ids(check_ids(text()), config.target_from, config.target_share, config.seed)
+    groups = sorted(set(held.values()))
+    twice = [name for name in files if name in groups]
+    if twice:
+        raise ConfigError(f"--target {twice[0]}: a group of {config.target_from} is a target of this name already.")
+
+    def tokenized(place: Path, what: str, documents: Iterator[Document], settings: dict[str, Any]) -> TokenStore:
+        console.print(f"tokenizing {what}", highlight=False, soft_wrap=True, markup=False)
+        return build(documents, tokenizer, place, sequence=sequence, settings=settings)
+
+    shutil.rmtree(places, ignore_errors=True)  # of a run killed before all were there
+    of_groups = {name: _of_group(text(), held, name) for name in groups}
+    of_files = {name: _documents(config, path) for name, path in files.items()}
+    targets = {
+        name: tokenized(places / folder_name(name), f"target {one_line(name, 60)}", documents, {"target": name})
+        for name, documents in {**of_groups, **of_files}.items()
+    }
     kept = (document for document in text() if document.id not in held)
-    trained_on = store(config.out / "tokens", kept, {**settings, "of": "the text"})
-    targets = {}
-    for name in sorted(set(held.values())):
-        mine = (document for document in text() if held.get(document.id) == name)
-        targets[name] = store(config.out / "targets" / name, mine, {**settings, "of": f"target {name}"})
-    for name, path in files.items():
-        settings = {"of": f"target {name}", "data": path}
-        targets[name] = store(config.out / "targets" / name, _documents(config, path), settings)
-    return trained_on, targets
+    settings = {"data": list(config.data), "from": config.target_from, "share": config.target_share}
+    return tokenized(tokens, "the text", kept, settings), targets
+
+
+def _of_group(documents: Iterator[Document], held: dict[str, str], group: str) -> Iterator[Document]:
+    return (document for document in documents if held.get(document.id) == group)
 
 
 def _steps(config: Train, preset: Preset, examples: int) -> int:
@@ -220,7 +282,7 @@ def _arguments(config: Train, preset: Preset, steps: int) -> TrainingArguments:
         learning_rate=chosen("learning_rate"),
         lr_scheduler_type="cosine_with_min_lr",
         lr_scheduler_kwargs={"min_lr": min(chosen("min_learning_rate"), chosen("learning_rate"))},
-        warmup_steps=min(chosen("warmup_steps"), steps // 2),
+        warmup_steps=min(preset.warmup_steps, steps // 2) if config.warmup_steps is None else config.warmup_steps,
         adam_beta1=preset.betas[0],
         adam_beta2=preset.betas[1],
         weight_decay=chosen("weight_decay"),
@@ -245,7 +307,11 @@ def _say(
     console.print(
         f"{config.model}: {parameters:,} parameters; {len(text):,} examples of {text.meta['documents']:,} documents, "
         f"{text.meta['tokens']:,} tokens; {steps:,} steps; targets: "
-        + ", ".join(f"{name} ({min(len(store), config.target_examples)} examples)" for name, store in targets.items()),
+        + ", ".join(
+            f"{one_line(name, 60)} ({min(len(store), config.target_examples)} examples)"
+            for name, store in targets.items()
+        ),
         highlight=False,
         soft_wrap=True,
+        markup=False,
     )

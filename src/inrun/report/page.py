@@ -30,6 +30,8 @@ def write_report(folder: Path, out: Path | None, *, group: str | None) -> Path:
     """See `inrun.report.write_report`."""
     ledger = Ledger(folder)
     out = out or folder / "report.html"
+    if out.exists() and not out.is_file():  # a device would be replaced by the page
+        raise ReportError(f"the report could not be written to {out}: it is there and not a plain file. Name another.")
     page = render(ledger, folder.resolve().name, group)
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
