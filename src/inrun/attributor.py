@@ -266,8 +266,6 @@ class Attributor:
             raise InrunError(
                 "no parameter has a gradient any more: call zero_grad() after optimizer.step(), not before it."
             )
-        if any(moved.gradient.is_sparse for moved in moves.values()):
-            raise InrunError("sparse gradients are not supported: build the embedding with sparse=False.")
         if getattr(self.optimizer, "grad_scale", None) is not None:
             raise InrunError(
                 "a gradient scaler leaves the unscaling to this fused optimizer, which hides the gradient that it "
@@ -278,8 +276,11 @@ class Attributor:
         """The values of the step that the optimizer is about to take. Changes nothing."""
         gradients = [moved.gradient for moved in moves.values()]
         norms = torch.stack(torch._foreach_norm(gradients))
-        if not bool(norms.isfinite().all()):
+        if not bool(norms.isfinite().all()) and not all(bool(gradient.isfinite().all()) for gradient in gradients):
             raise NonFiniteError("the gradient is not finite")
+        for microbatch in self._pending:
+            for call in microbatch.captured.calls:
+                call.check_inputs()
         audited = self._audit_every > 0 and step % self._audit_every == 0
         losses = losses_without_data(self._targets, step, self._update, moves) if audited else {}
         found = directions(self._targets, step, self._update, moves, self._path)
@@ -298,6 +299,8 @@ class Attributor:
             )
         at = {name: direction.loss for name, direction in found.items()}
         waiting = _Waiting(Step(step, ids, values, at, self._train_loss()), conservation, losses, gradients, norms)
+        if any(group.get("nesterov") for group in self.optimizer.param_groups):
+            waiting.norms = None  # torch's foreach step adds Nesterov's momentum into the gradient itself
         if audited or not self._move_checked:
             waiting.before = {p: p.detach().clone() for p in moves}
             waiting.expected = displacements(self._update, moves, 1.0)
@@ -318,9 +321,11 @@ class Attributor:
                 "computed from them (a step hook that clips, most likely), so its values would be wrong. Change them "
                 "before step()."
             )
+        rates = [group["lr"] for group in self.optimizer.param_groups]
+        eps = max((torch.finfo(rate.dtype).eps for rate in rates if isinstance(rate, Tensor)), default=0.0)
         for p, expected in waiting.expected.items():
             # a step of no length, as under a rate of zero, shows nothing
-            self._move_checked |= check_move(self._names[p], waiting.before[p], p.detach(), expected)
+            self._move_checked |= check_move(self._names[p], waiting.before[p], p.detach(), expected, eps)
         rows = [self._row(target, waiting) for target in self._targets]
         if self._ledger is not None:
             self._ledger.book(result.step, result.ids, {name: v.numpy() for name, v in result.values.items()}, rows)

@@ -64,6 +64,9 @@ def trained_parameters(model: nn.Module, optimizer: Optimizer) -> dict[nn.Parame
 
     Raises InrunError if one is not the model's, or if none is trained.
     """
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None:
+            raise InrunError(f"{name}: an embedding with max_norm rewrites its weight when read: build it without.")
     names = {p: name for name, p in model.named_parameters()}
     trained = {}
     for k, group in enumerate(optimizer.param_groups):
@@ -93,6 +96,9 @@ def find_units(model: nn.Module, trained: set[nn.Parameter]) -> list[Unit]:
         if own:
             units.append(Unit(name or type(model).__name__, module, own))
     return units
+
+
+_MOST_FOUND = 64  # structures of inputs whose rows are remembered
 
 
 class Capture:
@@ -149,6 +155,8 @@ class Capture:
         inputs = Inputs(args, kwargs, self._batch_dim)
         carrying = inputs.carrying(examples)
         found = self._found.get(inputs.signature)
+        if found is not None and found.merged:
+            found = self._found.get(inputs.exact())
         if not carrying:
             raise InrunError(
                 f"{examples} ids were given, but the model is called with inputs of shape {inputs.shapes()}: their "
@@ -156,7 +164,10 @@ class Capture:
                 "dimension holds them, say batch_dim= to the Attributor."
             )
         if found is None or not set(found.carrying) <= set(carrying):
-            found = self._found[inputs.signature] = self._probe.find(inputs, examples)
+            if len(self._found) >= _MOST_FOUND:
+                self._found.clear()
+            found = self._probe.find(inputs, examples)
+            self._found[inputs.signature] = self._found[inputs.exact()] = found
         self._now, self._merges, self._calls_of = found, inputs.merges(found.carrying), {}
 
     def _refuse_unsupported(self) -> None:
@@ -204,6 +215,7 @@ class Capture:
         leaves, spec = tree_flatten(output)
         rows = self._now.rows.get((unit, index))
         if rows is None or len(rows) != len(leaves):
+            self._found.clear()  # the next batch finds out anew
             raise InrunError(
                 f"{unit.name}: its call number {index + 1} in a forward was not seen when the model was run to find "
                 "out whose rows are whose. A forward whose calls change from batch to batch, or between train and "
@@ -217,7 +229,8 @@ class Capture:
         watched = [k for k, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.requires_grad]
         for k in watched:
             leaf, found = expanded(leaves[k], rows[k], captured.examples, unit)
-            if found.merged and leaf.shape[found.dim or 0] // captured.examples not in self._merges:
+            entries = leaf.shape[found.dim or 0] // captured.examples
+            if found.merged and self._now.counted and entries not in self._merges:
                 raise InrunError(
                     f"{unit.name}: its output of shape {tuple(leaf.shape)} holds another number of entries per example "
                     "than the model's inputs, so that it cannot be told whose they are."

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from inrun.errors import InrunError
 from inrun.update import Moved
 
-_UNIFORM = 1e-3  # how far the factors of one scaling may differ by rounding, in half precision
+_UNIFORM = 1e-3  # how far the factors of one scaling may differ by rounding, or as much as four roundings do
 
 
 class Received:
@@ -31,6 +31,8 @@ class Received:
         for p in self._names:
             if p.grad is None:
                 self.raw.pop(p, None)
+            elif p.grad.is_sparse:
+                raise InrunError(f"{self._names[p]}: sparse gradients are not supported: build it with sparse=False.")
             elif p in self.raw:
                 self.raw[p].copy_(p.grad)
             else:
@@ -55,24 +57,29 @@ class Received:
         """
         if all(_same(moves[p].gradient if p in moves else None, self.raw.get(p)) for p in self._names):
             return None
-        scales, lows, highs, from_nothing = {}, [], [], []
+        scales, names, lows, highs, from_nothing = {}, [], [], [], []
+        rounding = _UNIFORM
         for p in self._names:
             raw, received = self.raw.get(p), moves[p].gradient if p in moves else None
             raw = torch.zeros_like(p) if raw is None else raw
             received = torch.zeros_like(p) if received is None else received
             made = raw != 0
             factors = received / raw
-            lows.append(factors.masked_fill(~made, math.inf).amin())
-            highs.append(factors.masked_fill(~made, -math.inf).amax())
+            scales[p] = factors.masked_fill(~made, 0)
+            if not p.numel():
+                continue
+            # a quotient of denormal numbers says nothing about the factor
+            exact = raw.abs() > torch.finfo(raw.dtype).tiny / torch.finfo(raw.dtype).eps
+            names.append(self._names[p])
+            lows.append(factors.masked_fill(~exact, math.inf).amin().double())
+            highs.append(factors.masked_fill(~exact, -math.inf).amax().double())
+            rounding = max(rounding, 4 * torch.finfo(raw.dtype).eps)
             from_nothing.append((received.masked_fill(made, 0) != 0).any())
-            scales[p] = factors.masked_fill_(~made, 0)
         low, high = torch.stack(lows).tolist(), torch.stack(highs).tolist()
         least, most = min(low), max(high)
-        uniform = most - least <= _UNIFORM * abs(most)
-        for name, new, smallest, largest in zip(
-            self._names.values(), torch.stack(from_nothing).tolist(), low, high, strict=True
-        ):
-            if new or smallest < 0 or (largest > 1 + _UNIFORM and not uniform):
+        uniform = most - least <= rounding * abs(most)
+        for name, new, smallest, largest in zip(names, torch.stack(from_nothing).tolist(), low, high, strict=True):
+            if new or smallest < 0 or (largest > 1 + rounding and not uniform):
                 raise InrunError(
                     f"{name}: between backward() and step() its gradient was changed by more than clipping or scaling, "
                     "so it no longer is the sum of the examples' contributions (noise was added, or a backward pass "
@@ -84,4 +91,4 @@ class Received:
 def _same(x: Tensor | None, y: Tensor | None) -> bool:
     if x is None or y is None:
         return x is y
-    return torch.equal(x, y)
+    return torch.equal(x, y) or (x.shape == y.shape and bool(((x == y) | ((x != x) & (y != y))).all()))

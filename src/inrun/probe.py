@@ -1,7 +1,7 @@
 """Runs the model to find out whose rows are whose (inrun.rows), and leaves it as it was."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import combinations
@@ -32,6 +32,12 @@ class Found:
 
     rows: Mapping[tuple[Unit, int], tuple[Rows | None, ...]]
     carrying: tuple[int, ...]
+    counted: bool  # an operation chose entries by their values, so that the examples may have different numbers of them
+
+    @property
+    def merged(self) -> bool:
+        """Whether any output merges the examples with another dimension."""
+        return any(r is not None and r.merged for of in self.rows.values() for r in of)
 
     def unled(self) -> "Found":
         """The same, with no leading dimension of one taken for the examples'."""
@@ -52,7 +58,15 @@ class Inputs:
     def _sign(leaf: Any) -> object:
         if isinstance(leaf, Tensor):
             return leaf.ndim, leaf.dtype
-        return leaf if leaf is None or isinstance(leaf, bool | int | float | str) else type(leaf)
+        return (type(leaf), leaf) if isinstance(leaf, Hashable) else type(leaf)
+
+    def exact(self) -> tuple[object, ...]:
+        """The signature with the sizes and the single numbers, on which a merged layout may hang."""
+        tensors = [x for x in self.leaves if isinstance(x, Tensor)]
+        sizes = [
+            x.item() if x.ndim == 0 else tuple(n for d, n in enumerate(x.shape) if d != self.batch_dim) for x in tensors
+        ]
+        return (*self.signature, *sizes)
 
     def carrying(self, examples: int) -> list[int]:
         """The places of the tensors that have this many entries in the batch dimension."""
@@ -86,7 +100,7 @@ class Probe:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._evaluation, self._as_it_is = Evaluation(model, keep=True), Evaluation(model, evaluate=False, keep=True)
+        self._evaluation, self._as_it_is = Evaluation(model), Evaluation(model, evaluate=False)
         self._recording: _Recording | None = None
 
     @property
@@ -105,7 +119,8 @@ class Probe:
         carrying, order = inputs.carrying(examples), shuffled(examples)
         plain = self._run(inputs, carrying, torch.arange(examples))
         again = self._run(inputs, carrying, order)
-        merges = inputs.merges(carrying)
+        counted = plain.operations.counted or again.operations.counted
+        merges = inputs.merges(carrying) if counted else None
         rows: dict[tuple[Unit, int], tuple[Rows | None, ...]] = {}
         for (unit, index), leaves in plain.seen.items():
             others = again.seen.get((unit, index), [])
@@ -120,7 +135,7 @@ class Probe:
                 else None
                 for x, y in zip(leaves, others, strict=True)
             )
-        return self._expandable(inputs, order, Found(rows, tuple(carrying)))
+        return self._expandable(inputs, order, Found(rows, tuple(carrying), counted))
 
     def _expandable(self, inputs: Inputs, order: Tensor, found: Found) -> Found:
         """The rows with which batchless outputs can be expanded and the model still computes the same.
@@ -156,7 +171,7 @@ class Probe:
             args, kwargs = inputs.reordered(carrying, order)
             with (self._as_it_is if train else self._evaluation)(), torch.no_grad():
                 self._recording = recording
-                with recording.shapes:
+                with recording.operations:
                     recording.output = self._model(*args, **kwargs)
                 recording.random_state = torch.get_rng_state()
         except InrunError:
@@ -180,7 +195,7 @@ class _Recording:
     examples: int
     expand: Found | None
     seen: dict[tuple[Unit, int], list[Any]] = field(default_factory=dict)
-    shapes: "_Shapes" = field(default_factory=lambda: _Shapes())
+    operations: "_Operations" = field(default_factory=lambda: _Operations())
     output: Any = None
     random_state: Tensor | None = None
 
@@ -191,7 +206,7 @@ class _Recording:
         if self.expand is None:
             return None
         rows = self.expand.rows.get((unit, index), ())
-        with self.shapes.paused():
+        with self.operations.paused():
             leaves = [
                 expanded(x, r, self.examples, unit)[0] if isinstance(x, Tensor) else x
                 for x, r in zip(leaves, rows, strict=True)
@@ -205,18 +220,19 @@ class _Recording:
         mine, its = tensors(self.output), tensors(other.output)
         return (
             torch.equal(self.random_state, other.random_state)
-            and self.shapes.seen == other.shapes.seen
+            and self.operations.seen == other.operations.seen
             and len(mine) == len(its)
             and all(map(_identical, mine, its))
         )
 
 
-class _Shapes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """The name and the shape of every operation inside the block."""
+class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """The name and the shape of every operation inside the block, and whether one of them chose entries by value."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.seen: list[tuple[str, list[torch.Size]]] = []
+        self.counted = False
         self._paused = False
 
     @contextmanager
@@ -229,8 +245,11 @@ class _Shapes(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
+        name = str(func)
+        masked = "index" in name and any(x.dtype in (torch.bool, torch.uint8) for x in tensors(args))
+        self.counted |= masked or any(word in name for word in ("nonzero", "masked_select", "unique", "pack_padded"))
         if not self._paused:
-            self.seen.append((str(func), [x.shape for x in tensors(output)]))
+            self.seen.append((name, [x.shape for x in tensors(output)]))
         return output
 
 

@@ -30,26 +30,20 @@ def preserved_random_state(model: nn.Module) -> Iterator[None]:
 
 
 class Evaluation:
-    """Runs a model in eval mode and leaves it as it was: modes, random states, and the buffers that a forward changes.
+    """Runs a model in eval mode (or, with `evaluate=False`, in the mode it is in) and leaves it as it was.
 
-    `evaluate=False` leaves the modes alone. The first time every buffer is kept, afterwards only those that were
-    seen to change; `keep=True` keeps all of them each time.
+    Modes, random states and buffers: those that a forward writes to, replaces, makes or takes away.
     """
 
-    def __init__(self, model: nn.Module, *, evaluate: bool = True, keep: bool = False) -> None:
+    def __init__(self, model: nn.Module, *, evaluate: bool = True) -> None:
         self.model = model
-        self._evaluate, self._keep = evaluate, keep
-        self._changing: set[tuple[nn.Module, str]] | None = None
+        self._evaluate = evaluate
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
         modes = [(module, module.training) for module in self.model.modules()]
-        kept = [
-            (place, buffer, buffer._version, buffer.clone())
-            for module in self.model.modules()
-            for key, buffer in module._buffers.items()
-            if (place := (module, key)) and buffer is not None and (self._changing is None or place in self._changing)
-        ]
+        buffers = [(module, dict(module._buffers), set(module._non_persistent_buffers_set)) for module, _ in modes]
+        copies = [(b, b._version, b.clone()) for _, held, _ in buffers for b in held.values() if b is not None]
         try:
             if self._evaluate:
                 for module, _ in modes:
@@ -59,18 +53,14 @@ class Evaluation:
         finally:
             for module, mode in modes:
                 module.training = mode
-            changed = set()
-            for place, buffer, version, copy in kept:
-                module, key = place
-                if buffer._version != version:
-                    with torch.no_grad():
+            for module, held, passing in buffers:
+                module._buffers.clear()
+                module._buffers.update(held)
+                module._non_persistent_buffers_set = passing
+            with torch.no_grad():
+                for buffer, version, copy in copies:
+                    if buffer._version != version:
                         buffer.copy_(copy)
-                    changed.add(place)
-                if module._buffers[key] is not buffer:
-                    module._buffers[key] = buffer
-                    changed.add(place)
-            if self._changing is None and not self._keep:
-                self._changing = changed
 
 
 class Target:
@@ -94,9 +84,12 @@ class Target:
         """
         with self._evaluation(), torch.enable_grad():
             loss = self._checked(step)
-            gradients: Sequence[Tensor | None] = [None]
+            moving = [p for p in parameters if p.requires_grad]
+            found: Sequence[Tensor | None] = [None] * len(moving)
             if loss.requires_grad:
-                gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+                found = torch.autograd.grad(loss, moving, allow_unused=True)
+        by_parameter = dict(zip(moving, found, strict=True))
+        gradients = [by_parameter.get(p) for p in parameters]
         if all(gradient is None for gradient in gradients):
             raise InrunError(
                 f"target {self.name!r}: its loss does not depend on any parameter that the optimizer moves, so no "
@@ -106,7 +99,7 @@ class Target:
         value = float(loss.detach())
         if not math.isfinite(value):
             raise NonFiniteError(f"the loss of target {self.name!r} is {value} on its batch {step % len(self.batches)}")
-        return value, list(gradients)
+        return value, gradients
 
     def _checked(self, step: int) -> Tensor:
         loss = self._loss(self._evaluation.model, self.batches[step % len(self.batches)])

@@ -2,6 +2,8 @@
 
 import copy
 import io
+from contextlib import nullcontext
+from enum import Enum
 from typing import Any
 
 import pytest
@@ -385,3 +387,141 @@ def test_buffers_that_a_forward_replaces_are_put_back() -> None:
     average = 0.1 * model.layer(vectors(4, 0)[0]).mean(dim=0)
     optimizer.step()
     torch.testing.assert_close(model.average, average)
+
+
+class Layout(Enum):
+    BATCH_FIRST = 0
+    TIME_FIRST = 1
+
+
+class SwitchingByEnum(Switching):
+    def forward(self, x_BT: Tensor, layout: Layout = Layout.BATCH_FIRST) -> Tensor:  # type: ignore[override]
+        return super().forward(x_BT, layout.value)
+
+
+class SwitchingByLength(Switching):
+    def forward(self, x_BT: Tensor, layout: int = 0) -> Tensor:
+        return super().forward(x_BT, int(x_BT.shape[1] > 5))
+
+
+def test_a_merged_layout_may_hang_on_an_enum_or_on_the_length() -> None:
+    def losses(model: nn.Module, batch_BT: Tensor) -> Tensor:
+        logits = model(batch_BT[:, :-1], list(Layout)[int(batch_BT[0, -1]) % 2])
+        return F.cross_entropy(logits.transpose(1, 2), batch_BT[:, 1:], reduction="none").mean(dim=1)
+
+    check(Case(SwitchingByEnum, tokens, losses), [tokens(4, seed) for seed in range(6)])
+    check(Case(SwitchingByLength, tokens, token_losses), [tokens(4, seed, 5 + 2 * (seed % 2)) for seed in range(4)])
+
+
+class Flattened(nn.Module):
+    """Drops a token inside and merges the rest: a number of entries that no input has, the same for all examples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(VOCABULARY, 8), nn.Linear(8, VOCABULARY)
+
+    def forward(self, x_BT: Tensor) -> Tensor:
+        h = self.embedding(x_BT)[:, 1:]
+        return torch.as_tensor(self.head(h.reshape(-1, 8))).reshape(*h.shape[:2], -1)
+
+
+def test_rows_merged_after_a_slice_are_found() -> None:
+    def losses(model: nn.Module, batch_BT: Tensor) -> Tensor:
+        return F.cross_entropy(model(batch_BT).transpose(1, 2), batch_BT[:, 1:], reduction="none").mean(dim=1)
+
+    check(Case(Flattened, tokens, losses), [tokens(4, 0), tokens(5, 1, length=5), tokens(3, 2)])
+
+
+def test_buffers_that_a_target_alone_changes_do_not_leak_into_training() -> None:
+    class Caching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(6, 3)
+            self.mean: Tensor | None
+            self.seen: Tensor
+            self.register_buffer("mean", None)
+            self.register_buffer("seen", torch.zeros(1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.mean is None:
+                self.mean = torch.full((6,), 2.0 if self.training else 5.0)
+            if len(x) > 6:
+                self.seen.fill_(float(len(x)))
+            y: Tensor = self.layer(x - self.mean) + self.seen
+            return y
+
+    def train(attach: bool) -> list[Tensor]:
+        torch.manual_seed(0)
+        model = Caching()
+        optimizer = SGD(model.parameters(), lr=0.1)
+        targets = {"t": [vectors(3, 1), vectors(3, 2), vectors(8, 3)]}
+        attributor = Attributor(model, optimizer, targets, lambda m, b: class_losses(m, b).mean()) if attach else None
+        for step in range(5):
+            with attributor.batch(range(4)) if attributor else nullcontext():
+                class_losses(model, vectors(4, step)).mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return list(model.state_dict().values())
+
+    assert all(torch.equal(x, y) for x, y in zip(train(True), train(False), strict=True))
+
+
+def test_an_embedding_that_rewrites_itself_is_refused() -> None:
+    model = nn.Sequential(nn.Embedding(VOCABULARY, 4, max_norm=0.5), nn.Flatten(), nn.Linear(28, 3))
+    with pytest.raises(InrunError, match=r"^0: an embedding with max_norm"):
+        Attributor(model, SGD(model.parameters(), lr=0.1), {"t": tokens(3, 0)}, lambda m, b: m(b).mean())
+
+
+@pytest.mark.parametrize("foreach", [False, True])
+def test_nesterovs_foreach_step_writes_into_the_gradient_and_is_no_error(foreach: bool) -> None:
+    kind = lambda p: SGD(p, lr=0.1, momentum=0.9, nesterov=True, foreach=foreach)  # noqa: E731
+    check(CASES["mlp"], [vectors(4, seed) for seed in range(3)], kind)
+
+
+class Queries(nn.Module):
+    """A parameter of the model's own is the input of one of its layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.layer, self.head = nn.Parameter(torch.randn(1, 6)), nn.Linear(6, 5), nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.as_tensor(self.layer(self.query.expand(len(x), -1)) * self.head(x))
+
+
+def test_a_parameter_may_be_an_input() -> None:
+    model = Queries()
+    optimizer = AdamW(model.parameters())
+    with Attributor(model, optimizer, {"t": vectors(3, 1)}, lambda m, b: class_losses(m, b).mean(), audit_every=1) as a:
+        with a.batch(range(4)):
+            class_losses(model, vectors(4, 0)).mean().backward()
+        optimizer.step()
+    assert a.step == 1
+
+
+def test_a_nan_in_the_first_of_two_batches_is_skipped() -> None:
+    model, optimizer, attributor = setting(nonfinite="skip")
+    backward(model, attributor, scale=float("nan"))
+    backward(model, attributor)
+    optimizer.step()
+    assert attributor.last is not None
+    assert attributor.last.skipped
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gradient_may_be_scaled_up_and_an_empty_parameter_may_be_there(dtype: torch.dtype) -> None:
+    model = nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 3)).to(dtype)
+    model.register_parameter("empty", nn.Parameter(torch.zeros(0, dtype=dtype)))
+    optimizer = SGD(model.parameters(), lr=0.1)
+
+    def batch(seed: int) -> tuple[Tensor, Tensor]:
+        return vectors(4, seed)[0].to(dtype), vectors(4, seed)[1]
+
+    attributor = Attributor(model, optimizer, {"t": batch(1)}, lambda m, b: class_losses(m, b).mean())
+    with attributor.batch(range(4)):
+        class_losses(model, batch(0)).mean().backward()
+    for p in model.parameters():
+        if p.grad is not None:
+            p.grad.mul_(1.7)
+    optimizer.step()
+    assert attributor.step == 1

@@ -41,7 +41,6 @@ def contract(
 
 
 def _contract_call(call: Call, direction: Mapping[str, Tensor], examples: int) -> tuple[Tensor, Tensor]:
-    call.check_inputs()
     with _mode(call.unit.module, call.training):
         leaves, _ = tree_flatten(tangent(call.unit.module, direction, call.args, call.kwargs, call.random_state))
     shares, magnitude = torch.zeros((), dtype=torch.float64), torch.zeros(())

@@ -28,7 +28,7 @@ def register_tangent(*kinds: type[nn.Module] | str) -> Callable[[Rule], Rule]:
 
 def _rule_of(module: nn.Module) -> Rule | None:
     kind = type(module)
-    if not module._parameters.keys() <= {"weight", "bias"}:
+    if not set(module._parameters) <= {"weight", "bias"}:
         return None  # reparametrised by a hook (weight norm): not linear in what it owns
     return _rules.get(kind) or _rules.get(f"{kind.__module__}.{kind.__qualname__}")
 
