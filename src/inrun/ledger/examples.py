@@ -5,7 +5,7 @@ from pathlib import Path
 
 import polars as pl
 
-from inrun.ledger.files import sync, sync_folder, temp_path
+from inrun.ledger.files import open_temp, sync, sync_folder, temp_path
 from inrun.ledger.schema import EXAMPLES, LedgerError, scan
 
 
@@ -30,7 +30,9 @@ def write_examples(folder: str | os.PathLike[str], frame: pl.DataFrame | pl.Lazy
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             stored = lazy if id_type == pl.String else lazy.with_columns(pl.col("id").cast(pl.Int64))
-            stored.sink_parquet(temp, compression="zstd")
+            # opened here: a sink given a path may make the file after its failure was told, when it was cleared away
+            with open_temp(temp) as file:
+                stored.sink_parquet(file, compression="zstd")
             _check_unique(path, scan(temp))
             sync(temp)
             os.replace(temp, path)
