@@ -46,7 +46,7 @@ def start_and_kill(command: list[str], chance: random.Random) -> bool:
             for line in process.stdout:
                 if line.startswith("step "):
                     break
-            time.sleep(chance.uniform(0.1, 1.4))
+            time.sleep(chance.uniform(0.1, 3.0))
         running = process.poll() is None
         process.send_signal(signal.SIGKILL)
     return running
