@@ -1,5 +1,6 @@
 """A run's folder: what stands in it, held by one process at a time, free again when a run could not begin."""
 
+import errno
 import hashlib
 import re
 import shutil
@@ -63,6 +64,7 @@ def held(run: Path) -> Iterator[None]:
                     f"{run}: another process is training in this folder: wait until it ends, or choose another with "
                     "--out."
                 ) from error
-            except OSError:
-                pass  # a file system without locks
+            except OSError as error:
+                if error.errno not in (errno.ENOLCK, errno.ENOTSUP):  # a file system without locks
+                    raise
         yield
