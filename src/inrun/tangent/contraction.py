@@ -5,8 +5,7 @@ gradient of example i's rows of the output against the tangent of the output in 
 all units add up to <g_i, q>, those of shared parameters included, since q is the parameter's.
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +13,7 @@ from torch.utils._pytree import tree_flatten
 
 from inrun.capture import Call, Captured
 from inrun.probe import Unit
+from inrun.tangent.generic import in_mode
 from inrun.tangent.rules import tangent
 
 
@@ -41,7 +41,7 @@ def contract(
 
 
 def _contract_call(call: Call, direction: Mapping[str, Tensor], examples: int) -> tuple[Tensor, Tensor]:
-    with _mode(call.unit.module, call.training):
+    with in_mode(call.unit.module, call.training):
         leaves, _ = tree_flatten(tangent(call.unit.module, direction, call.args, call.kwargs, call.random_state))
     shares, magnitude = torch.zeros((), dtype=torch.float64), torch.zeros(())
     for towards, rows, gradient, norm in zip(leaves, call.rows, call.gradients, call.gradient_norms, strict=True):
@@ -51,18 +51,3 @@ def _contract_call(call: Call, direction: Mapping[str, Tensor], examples: int) -
             shares = shares + rows.per_example(gradient * towards, examples).sum(dim=1).double()
             magnitude = magnitude + norm * towards.norm()
     return shares, magnitude
-
-
-@contextmanager
-def _mode(module: nn.Module, training: bool) -> Iterator[None]:
-    """The module in the mode that the call was made in; it may have been set to the other since."""
-    if module.training == training:
-        yield
-        return
-    modes = [(part, part.training) for part in module.modules()]
-    try:
-        module.train(training)
-        yield
-    finally:
-        for part, mode in modes:
-            part.training = mode

@@ -39,8 +39,29 @@ class RandomState:
 
 
 @contextmanager
-def _plain_kernels() -> Iterator[None]:
-    """Attention and recurrent layers in the form that has a forward mode."""
+def in_mode(module: nn.Module, training: bool) -> Iterator[None]:
+    """The module in the mode that a call was made in; it may have been set to the other since."""
+    if module.training == training:
+        yield
+        return
+    modes = [(part, part.training) for part in module.modules()]
+    try:
+        module.train(training)
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode
+
+
+def run_again(module: nn.Module, own: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The module's output with these tensors for its own parameters; buffers that its forward changes are copies."""
+    swapped = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    return functional_call(module, {**swapped, **own}, args, kwargs, tie_weights=False)
+
+
+@contextmanager
+def plain_kernels() -> Iterator[None]:
+    """Attention and recurrent layers in the form that has a forward mode and a double backward."""
     with sdpa_kernel(SDPBackend.MATH), cudnn.flags(enabled=False), _without_mkldnn():
         yield
 
@@ -70,15 +91,15 @@ def forward_mode(
     """
     own = module._parameters
     replayed = random_state.replayed() if random_state is not None else nullcontext()
-    with torch.no_grad(), _plain_kernels(), replayed, forward_ad.dual_level():
-        swapped: dict[str, Tensor] = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    with torch.no_grad(), plain_kernels(), replayed, forward_ad.dual_level():
+        duals: dict[str, Tensor] = {}
         for name, towards in direction.items():
             parameter = own[name]
             if parameter is not None:
                 dual = forward_ad.make_dual(parameter.detach(), towards.to(parameter.dtype))  # type: ignore[no-untyped-call]
-                swapped[name] = dual
+                duals[name] = dual
         try:
-            output = functional_call(module, swapped, args, kwargs, tie_weights=False)
+            output = run_again(module, duals, args, kwargs)
         except NotImplementedError as error:
             raise InrunError(
                 f"{type(module).__name__}: one of its operators has no forward-mode derivative ({error}). Write a rule "

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
+from inrun.tangent.generic import run_again
 from inrun.tangent.rules import register_tangent
 
 
@@ -40,8 +40,9 @@ def linear_in_parameters(
     module: nn.Module, direction: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     """The module with `direction` for its parameters (zero for those it does not name), on the same input."""
-    swapped = {name: buffer.clone() for name, buffer in module.named_buffers()}  # running statistics stay as they are
-    for name, parameter in module.named_parameters(recurse=False):
-        swapped[name] = direction[name] if name in direction else torch.zeros_like(parameter)
+    own = {
+        name: direction[name] if name in direction else torch.zeros_like(parameter)
+        for name, parameter in module.named_parameters(recurse=False)
+    }
     with torch.no_grad():
-        return functional_call(module, swapped, args, kwargs, tie_weights=False)
+        return run_again(module, own, args, kwargs)

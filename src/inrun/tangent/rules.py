@@ -1,41 +1,51 @@
 """Which rule gives a module's tangent: by its exact type, and the generic one for every other."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from torch import Tensor, nn
 
 from inrun.tangent.generic import RandomState, forward_mode
 
+R = TypeVar("R", bound=Callable[..., Any])
+
 # rule(module, direction by parameter name, args, kwargs) -> tangents, in the structure of the module's output
 Rule = Callable[[nn.Module, Mapping[str, Tensor], tuple[Any, ...], dict[str, Any]], Any]
 
-_rules: dict[type[nn.Module] | str, Rule] = {}
+
+class Rules(Generic[R]):
+    """Rules by the exact type of the module they are for."""
+
+    def __init__(self) -> None:
+        self._rules: dict[type[nn.Module] | str, R] = {}
+
+    def register(self, *kinds: type[nn.Module] | str) -> Callable[[R], R]:
+        """Use a rule for modules of exactly these types, or of types with these full names (which are then not
+        imported).
+        """
+
+        def decorate(rule: R) -> R:
+            for kind in kinds:
+                self._rules[kind] = rule
+            return rule
+
+        return decorate
+
+    def of(self, module: nn.Module) -> R | None:
+        """The rule for this module, None if there is none for its type."""
+        kind = type(module)
+        if not set(module._parameters) <= {"weight", "bias"}:
+            return None  # reparametrised by a hook (weight norm): not linear in what it owns
+        return self._rules.get(kind) or self._rules.get(f"{kind.__module__}.{kind.__qualname__}")
 
 
-def register_tangent(*kinds: type[nn.Module] | str) -> Callable[[Rule], Rule]:
-    """Use a rule for modules of exactly these types, or of types with these full names (which are then not
-    imported).
-    """
-
-    def decorate(rule: Rule) -> Rule:
-        for kind in kinds:
-            _rules[kind] = rule
-        return rule
-
-    return decorate
-
-
-def _rule_of(module: nn.Module) -> Rule | None:
-    kind = type(module)
-    if not set(module._parameters) <= {"weight", "bias"}:
-        return None  # reparametrised by a hook (weight norm): not linear in what it owns
-    return _rules.get(kind) or _rules.get(f"{kind.__module__}.{kind.__qualname__}")
+_tangents: Rules[Rule] = Rules()
+register_tangent = _tangents.register
 
 
 def has_closed_form(module: nn.Module) -> bool:
     """Whether a rule was written for this type; a module without one is run again in forward mode."""
-    return _rule_of(module) is not None
+    return _tangents.of(module) is not None
 
 
 def tangent(
@@ -53,7 +63,7 @@ def tangent(
         q = direction["weight"].clone()
         q[module.padding_idx] = 0  # the padding row receives no gradient, so it moves nothing
         direction = {**direction, "weight": q}
-    rule = _rule_of(module)
+    rule = _tangents.of(module)
     if rule is not None:
         return rule(module, direction, args, kwargs)
     return forward_mode(module, direction, args, kwargs, random_state)

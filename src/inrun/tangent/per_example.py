@@ -1,0 +1,172 @@
+"""g_i itself: every example's gradient of every trained parameter, from what a batch captured (design, 2.1).
+
+If a unit computes y = f(a; W) in a call, the part of g_i that goes through this call is the pull-back to W of the
+output's gradient with all rows but example i's set to zero. The parts of all calls of all units that use a parameter
+add up to g_i. Layers whose pull-back is one product or one sum per example have a rule of their own; any other is run
+again and pulled back once for every example.
+
+Shapes: N examples, R rows of each, I and O features in and out, D of an embedding, V entries of its table.
+"""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
+
+from inrun.capture import Call, Captured, _Hook
+from inrun.rows import Rows
+from inrun.tangent.generic import in_mode, run_again
+from inrun.tangent.linear import linear_in_parameters
+from inrun.tangent.rules import Rules
+
+# rule(call, examples) -> [examples, *shape] by the parameter's name in the unit, of trained parameters at least
+Rule = Callable[[Call, int], dict[str, Tensor]]
+
+rules: Rules[Rule] = Rules()
+
+
+def per_example_gradients(captured: Captured) -> dict[nn.Parameter, Tensor]:
+    """g_i by parameter: [examples, *parameter.shape] in the parameter's dtype, as backward made it.
+
+    The parameters are those of the units that a gradient came back to; any other has a gradient of zero. All of it is
+    formed, examples times the size of the model: for small models, and for steps that are looked at closely.
+    """
+    found: dict[nn.Parameter, Tensor] = {}
+    for call in captured.calls:
+        part = (rule_of(call) or pulled_back)(call, captured.examples)
+        for name, p in call.unit.parameters.items():
+            g = part[name].to(p.dtype)
+            found[p] = found[p].add_(g) if p in found else g
+    return found
+
+
+def rule_of(call: Call) -> Rule | None:
+    """The closed form for this call, None where there is none."""
+    module = call.unit.module
+    # a rule that does not run the module would miss what another's hook, or a forward put in its place, does
+    changed = any(not isinstance(hook, _Hook) for hook in module._forward_hooks.values()) or "forward" in vars(module)
+    return None if changed else rules.of(module)
+
+
+def pulled_back(call: Call, examples: int) -> dict[str, Tensor]:
+    """The generic rule: the unit run again on its inputs, and one pull-back per example. Exact for any unit."""
+    own = {name: p.detach().requires_grad_() for name, p in call.unit.parameters.items()}
+    found = {name: p.new_zeros(examples, *p.shape) for name, p in own.items()}
+    replayed = call.random_state.replayed() if call.random_state is not None else nullcontext()
+    with torch.enable_grad(), in_mode(call.unit.module, call.training), replayed:
+        leaves, _ = tree_flatten(run_again(call.unit.module, own, call.args, call.kwargs))
+        outputs, parts = [], []
+        for leaf, rows, gradient in zip(leaves, call.rows, call.gradients, strict=True):
+            if gradient is not None and rows is not None and leaf.requires_grad:
+                # a batchless output was expanded, and its gradient arrived per example
+                outputs.append(leaf.expand_as(gradient))
+                parts.append(_Parts(gradient, rows, examples))
+    for i in range(examples if outputs else 0):
+        masked = [part.of(i) for part in parts]
+        got = torch.autograd.grad(outputs, list(own.values()), masked, retain_graph=True, allow_unused=True)
+        for g, gradient in zip(found.values(), got, strict=True):
+            if gradient is not None:
+                g[i] = gradient
+    return found
+
+
+class _Parts:
+    """The gradient of one output, example by example."""
+
+    def __init__(self, gradient: Tensor, rows: Rows, examples: int) -> None:
+        self._shape, self._entries = gradient.shape, gradient.reshape(-1)
+        places = torch.arange(gradient.numel(), device=gradient.device).view(gradient.shape)
+        self._places = rows.per_example(places, examples)
+
+    def of(self, i: int) -> Tensor:
+        """The gradient with the rows of all examples but `i` set to zero."""
+        mine = self._places[i]
+        return torch.zeros_like(self._entries).index_copy_(0, mine, self._entries[mine]).view(self._shape)
+
+
+@rules.register(nn.Linear)
+def _linear(call: Call, examples: int) -> dict[str, Tensor]:
+    a_NRI, b_NRO = _rows_in_and_out(call, examples)
+    found = {}
+    if "weight" in call.unit.parameters:
+        found["weight"] = torch.einsum("nro,nri->noi", b_NRO, a_NRI)
+    if "bias" in call.unit.parameters:
+        found["bias"] = b_NRO.sum(dim=1)
+    return found
+
+
+@rules.register("transformers.pytorch_utils.Conv1D")
+def _transposed_linear(call: Call, examples: int) -> dict[str, Tensor]:
+    """As a linear layer whose weight lies [in, out]."""
+    found = _linear(call, examples)
+    return {name: g.transpose(1, 2) if name == "weight" else g for name, g in found.items()}
+
+
+@rules.register(nn.Embedding)
+def _embedding(call: Call, examples: int) -> dict[str, Tensor]:
+    module = call.unit.module
+    assert isinstance(module, nn.Embedding)
+    if module.scale_grad_by_freq:
+        return pulled_back(call, examples)
+    gradient, rows = _output(call)
+    b_NRD = _by_rows(gradient, rows, examples, gradient.shape[-1])
+    ids_NR = rows.per_example(_input(call).expand(gradient.shape[:-1]), examples)
+    V, D = module.weight.shape
+    own_NR = ids_NR + V * torch.arange(examples, device=ids_NR.device)[:, None]  # a table for every example
+    g_NVD = gradient.new_zeros(examples * V, D).index_add_(0, own_NR.reshape(-1), b_NRD.reshape(-1, D))
+    g_NVD = g_NVD.view(examples, V, D)
+    if module.padding_idx is not None:
+        g_NVD[:, module.padding_idx] = 0
+    return {"weight": g_NVD}
+
+
+@rules.register(
+    nn.LayerNorm,
+    nn.RMSNorm,
+    "transformers.models.llama.modeling_llama.LlamaRMSNorm",
+    "transformers.models.mistral.modeling_mistral.MistralRMSNorm",
+    "transformers.models.qwen2.modeling_qwen2.Qwen2RMSNorm",
+    "transformers.models.qwen3.modeling_qwen3.Qwen3RMSNorm",
+)
+def _norm(call: Call, examples: int) -> dict[str, Tensor]:
+    """y = x * w + b over the last dimensions, with x the norm run with weight one and bias zero."""
+    gradient, rows = _output(call)
+    found = {}
+    for name, p in call.unit.parameters.items():
+        with_x = gradient
+        if name == "weight":
+            with_x = gradient * linear_in_parameters(
+                call.unit.module, {"weight": torch.ones_like(p)}, call.args, call.kwargs
+            )
+        found[name] = _by_rows(with_x, rows, examples, *p.shape).sum(dim=1)
+    return found
+
+
+def _output(call: Call) -> tuple[Tensor, Rows]:
+    """The gradient and the rows of the one output of a unit."""
+    (gradient,), (rows,) = call.gradients, call.rows
+    assert gradient is not None
+    assert rows is not None
+    return gradient, rows
+
+
+def _input(call: Call) -> Tensor:
+    """The one input of a unit."""
+    (x,) = (*call.args, *call.kwargs.values())
+    assert isinstance(x, Tensor)
+    return x
+
+
+def _by_rows(x: Tensor, rows: Rows, examples: int, *shape: int) -> Tensor:
+    """[examples, rows, *shape], where `shape` are the last dimensions of x."""
+    return rows.per_example(x, examples).reshape(examples, -1, *shape)
+
+
+def _rows_in_and_out(call: Call, examples: int) -> tuple[Tensor, Tensor]:
+    """The inputs a_NRI and the output gradients b_NRO: a linear layer's rows stand in its input as in its output."""
+    gradient, rows = _output(call)
+    a = _input(call)
+    a = a.expand(*gradient.shape[:-1], a.shape[-1])
+    return _by_rows(a, rows, examples, a.shape[-1]), _by_rows(gradient, rows, examples, gradient.shape[-1])
