@@ -27,12 +27,12 @@ def real_move(optimizer: Optimizer, s: float) -> dict[nn.Parameter, Tensor]:
 def reference_direction(
     model: nn.Module, optimizer: Optimizer, loss: Callable[[nn.Module], Tensor], scheme: str, nodes: int
 ) -> dict[nn.Parameter, Tensor]:
-    """q by the table of the design (2.2), from measured moves."""
+    """q by the table of inrun.direction, from measured moves: the gradient in the middle of every piece's chord."""
     q: dict[nn.Parameter, Tensor] = {}
     for k in range(nodes):
         a, b = k / nodes, (k + 1) / nodes
         low, high = real_move(optimizer, a), real_move(optimizer, b)
-        middle = real_move(optimizer, (a + b) / 2) if scheme == "path" else {}
+        middle = {p: (low[p] + high[p]) / 2 for p in low} if scheme == "path" else {}
         kept = {p: p.detach().clone() for p in low}
         model.eval()
         with torch.no_grad():

@@ -15,8 +15,8 @@ README = Path(__file__).parents[1] / "README.md"
 
 def test_the_public_names_are_these_and_can_be_had() -> None:
     assert inrun.__all__ == [
-        "Attributor", "ConservationError", "InrunError", "Ledger", "LedgerError", "NonFiniteError", "Step", "oracle",
-        "write_examples",
+        "Attributor", "ConservationError", "CoupledUpdate", "InrunError", "Ledger", "LedgerError", "NonFiniteError",
+        "Step", "Update", "audit", "oracle", "register_update", "write_examples",
     ]  # fmt: skip
     assert dir(inrun) == inrun.__all__
     for name in inrun.__all__:

@@ -5,29 +5,35 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from inrun import oracle
-    from inrun.attributor import Attributor
+    from inrun.attributor import Attributor, audit
     from inrun.books import ConservationError
     from inrun.errors import InrunError, NonFiniteError
     from inrun.ledger import Ledger, LedgerError, write_examples
     from inrun.step import Step
+    from inrun.update import CoupledUpdate, Update, register_update
 
 __all__ = [
     "Attributor",
     "ConservationError",
+    "CoupledUpdate",
     "InrunError",
     "Ledger",
     "LedgerError",
     "NonFiniteError",
     "Step",
+    "Update",
+    "audit",
     "oracle",
+    "register_update",
     "write_examples",
 ]
 
 # Loaded on first use: reading a ledger (`inrun top`) needs no torch.
 _HOMES = {
-    "Attributor": "inrun.attributor",
+    **dict.fromkeys(("Attributor", "audit"), "inrun.attributor"),
     "ConservationError": "inrun.books",
     "Step": "inrun.step",
+    **dict.fromkeys(("CoupledUpdate", "Update", "register_update"), "inrun.update"),
     **dict.fromkeys(("InrunError", "NonFiniteError"), "inrun.errors"),
     **dict.fromkeys(("Ledger", "LedgerError", "write_examples"), "inrun.ledger"),
 }

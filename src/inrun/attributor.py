@@ -5,14 +5,15 @@ One step, from batch to ledger:
     with attributor.batch(ids): ...backward()   capture.py: inputs and output gradients of every unit
     optimizer.step()                            direction.py: q from the optimizer's move and the target's gradient,
                                                 tangent/contraction.py: phi_i = <g_i, q>,
-                                                books.py: do the values add up?
+                                                valuation.py: both for every target, and the books
                                                 ledger/: step, id, target, value
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from os import PathLike
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
@@ -20,17 +21,20 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from inrun.books import Audit, check_conservation, groups_of, losses_without_data
+from inrun.books import groups_of
 from inrun.capture import Capture, find_units, trained_parameters
-from inrun.direction import directions, displacements, pieces
+from inrun.credit import Credit
+from inrun.direction import displacements, scheme_of
 from inrun.errors import InrunError, NonFiniteError
+from inrun.game import Game
 from inrun.gradient import Received
 from inrun.ledger import LedgerWriter
 from inrun.provenance import describe
-from inrun.step import Id, Microbatch, Step, as_ids
-from inrun.tangent.contraction import contract
-from inrun.target import Evaluation, Loss, Target
+from inrun.scratch import Scratch, free_memory
+from inrun.step import Microbatch, Step, as_ids
+from inrun.target import DOUBLE_BACKWARD, Evaluation, Loss, Target
 from inrun.update import Moved, check_move, update_of
+from inrun.valuation import Account, Valued, train_loss
 
 
 class Attributor:
@@ -38,23 +42,35 @@ class Attributor:
 
     Args:
         model: the model that is trained. Its tensor inputs hold the examples in dimension `batch_dim`.
-        optimizer: torch.optim.SGD, Adam or AdamW over parameters of the model.
+        optimizer: an optimizer of torch.optim over parameters of the model (docs/optimizers.md lists them, and how to
+            add one), or several, each with parameters of its own, that step one after another.
         targets: name -> one batch (tensor, tuple or mapping), or a list or DataLoader of batches used in rotation, one
             a step.
         loss: loss(model, batch) -> scalar tensor, the mean loss of a target's batch; it is evaluated in eval mode.
-        scheme: "path" (Aumann-Shapley along the optimizer's move) or "first" (the paper's first order).
-        nodes: how many points of the path the target's gradient is taken at, each step.
-        momentum: "account" books what old momentum does to an account of its own; the only choice so far.
+        scheme: "path" (Aumann-Shapley along the optimizer's move), "first" or "second" (the paper's two orders).
+        nodes: how many points of the path the target's gradient is taken at, each step; or "adaptive": 1, then 3, 9,
+            ... up to `max_nodes`, until the values add up to the measured drop of the target's loss, to `tolerance` of
+            it.
+        rule: where the nodes lie: in the middles of equal pieces ("midpoint"), or where Gauss and Legendre put them.
+        momentum: "account" books what old momentum does to an account of its own; "credit" pays it to the examples
+            whose gradients it holds, so that a step's values are final only when its momentum has died away
+            (inrun.credit).
+        memory: bytes that "credit" may keep of past contributions in host memory, before it goes on on disk; "auto" is
+            half of what is free.
         kernel: "auto" or "tangent", which are the same so far.
         ledger: a folder for the values, or None to keep only `last`. One that holds a run is refused unless `resume`.
         resume: continue the run in the ledger's folder; `load_state_dict` must follow, and cuts the ledger back.
         audit_every: on every k-th step, measure the target's loss before and after the step, and book what the values
             do not explain (0: never).
+        audit_permutations: on the audited steps also play the step's real game: in full up to 12 examples, beyond by
+            this many random orders; 0: do not (see `inrun.audit`).
         nonfinite: when a gradient or a target's loss is not finite, "stop" raises before the optimizer moves, "skip"
             books the step as skipped.
         batch_dim: the dimension of the model's inputs that holds the examples.
 
     The model, the optimizer and the random state are left as they are: training is bit for bit what it is without.
+    `last` is the newest step whose values are final, `train_loss` that of the step just taken, `total` the sum of all
+    values so far, in nats, over all targets.
 
     Raises:
         InrunError: an unsupported optimizer, parameters that are not the model's, a frozen model, a target without
@@ -64,22 +80,27 @@ class Attributor:
     def __init__(
         self,
         model: nn.Module,
-        optimizer: Optimizer,
+        optimizer: Optimizer | Sequence[Optimizer],
         targets: Mapping[str, Any],
         loss: Loss,
         *,
-        scheme: Literal["path", "first"] = "path",
-        nodes: int = 1,
-        momentum: Literal["account"] = "account",
+        scheme: Literal["path", "first", "second"] = "path",
+        nodes: int | Literal["adaptive"] = 1,
+        rule: Literal["midpoint", "gauss"] = "midpoint",
+        tolerance: float = 0.02,
+        max_nodes: int = 9,
+        momentum: Literal["account", "credit"] = "account",
+        memory: int | Literal["auto"] = "auto",
         kernel: Literal["auto", "tangent"] = "auto",
         ledger: str | PathLike[str] | None = None,
         resume: bool = False,
         audit_every: int = 0,
+        audit_permutations: int = 0,
         nonfinite: Literal["stop", "skip"] = "stop",
         batch_dim: int = 0,
     ) -> None:
         for name, given, known in (
-            ("momentum", momentum, ("account",)),
+            ("momentum", momentum, ("account", "credit")),
             ("kernel", kernel, ("auto", "tangent")),
             ("nonfinite", nonfinite, ("stop", "skip")),
         ):
@@ -87,44 +108,67 @@ class Attributor:
                 raise InrunError(f"{name}={given!r} is not known: choose {' or '.join(map(repr, known))}.")
         if audit_every < 0:
             raise InrunError(f"audit_every={audit_every}: give the number of steps between audits, or 0 for none.")
+        if audit_permutations < 0 or audit_permutations == 1:
+            raise InrunError(f"audit_permutations={audit_permutations}: give two or more, or 0 to play no game.")
         if not targets:
             raise InrunError("no targets: give at least one named validation batch.")
-        self.model, self.optimizer = model, optimizer
+        self.model = model
+        self.optimizers = (optimizer,) if isinstance(optimizer, Optimizer) else tuple(optimizer)
         self.step = 0
         self.last: Step | None = None
-        self._nonfinite, self._audit_every = nonfinite, audit_every
-        self._path = pieces(scheme, nodes)
-        self._update = update_of(optimizer)
-        self._names = trained_parameters(model, optimizer)
-        self._units = find_units(model, set(self._names))
-        self._groups = groups_of(self._units)
-        self._group_of = {unit: k for k, group in enumerate(self._groups) for unit in group.units}
+        self.train_loss: float | None = None
+        self.total = 0.0
+        self._nonfinite, self._audit_every, self._permutations = nonfinite, audit_every, audit_permutations
+        way = scheme_of(scheme, nodes, rule, tolerance, max_nodes)
+        self._updates = {optimizer: update_of(optimizer) for optimizer in self.optimizers}
+        self._names = trained_parameters(model, self.optimizers)
+        units = find_units(model, set(self._names))
         evaluation = Evaluation(model)
         self._targets = [Target(name, batches, loss, evaluation) for name, batches in targets.items()]
         for target in self._targets:
             target.gradient(0, list(self._names))  # a target that cannot be used is refused now, not in mid-run
+        groups = groups_of(units)
+        self._account: Account | Credit
+        if momentum == "credit":
+            if audit_permutations or nonfinite == "skip":
+                raise InrunError("momentum='credit' goes with neither audit_permutations= nor nonfinite='skip'.")
+            scratch = Scratch(
+                free_memory() // 2 if memory == "auto" else memory, None if ledger is None else Path(ledger)
+            )
+            self._account = Credit(self._targets, way, groups, self._names, list(self._updates.values()), scratch)
+        else:
+            self._account = Account(self._targets, way, groups)
         self._received = Received(self._names)
         self._pending: list[Microbatch] = []
         self._open = False
         self._id_type: type[int] | type[str] | None = None
         self._waiting: _Waiting | None = None
+        self._games: dict[str, Game] = {}
         self._move_checked = False
         self._ledger: LedgerWriter | None = None
         if ledger is not None:
             run = describe(
-                optimizer,
-                self._units,
+                self.optimizers,
+                units,
                 self._targets,
                 scheme=scheme,
                 nodes=nodes,
+                rule=rule,
                 momentum=momentum,
                 audit_every=audit_every,
+                audit_permutations=audit_permutations,
+                **({"tolerance": tolerance, "max_nodes": max_nodes} if nodes == "adaptive" else {}),
+                **({"double_backward": DOUBLE_BACKWARD} if scheme == "second" else {}),
             )
             self._ledger = LedgerWriter(ledger, run, resume=resume)
-        self._capture = Capture(model, self._units, batch_dim)
+        self._capture = Capture(model, units, batch_dim)
         self._hooks = [
-            optimizer.register_step_pre_hook(self._before_step),
-            optimizer.register_step_post_hook(self._after_step),
+            hook
+            for optimizer in self.optimizers
+            for hook in (
+                optimizer.register_step_pre_hook(self._before_step),
+                optimizer.register_step_post_hook(self._after_step),
+            )
         ]
 
     @contextmanager
@@ -146,8 +190,14 @@ class Attributor:
             raise InrunError(f"ids were {self._id_type.__name__}s before and are {type(found[0]).__name__}s now.")
         if self._open:
             raise InrunError("a `batch` block was opened inside of another one: close the first before the next.")
+        if self._waiting is not None:
+            raise InrunError(
+                f"{len(self._waiting.remaining)} of {len(self.optimizers)} optimizers have not stepped since the last "
+                "batch: step all that the Attributor was given before the next."
+            )
         if self._pending:
             self._received.check_untouched()
+        self._games = {}
         self._open = True
         try:
             with self._capture.batch(len(found)) as captured:
@@ -166,7 +216,14 @@ class Attributor:
 
     def discard(self) -> None:
         """Forget the batches since the last step, for a loop that drops their gradients instead of stepping."""
-        self._pending = []
+        self._pending, self._waiting, self._games = [], None, {}
+
+    def _audit(self, permutations: int, seed: int) -> dict[str, Game]:
+        if self._open or self._waiting is not None or not self._pending:
+            raise InrunError("audit() looks at a step before it is taken: call it between the `batch` and its step().")
+        valued = self._value(self.step + 1, self._moves(), False, permutations, seed)
+        self._games = valued.games
+        return self._games
 
     def flush(self) -> None:
         """Make everything booked so far durable; call it before writing a checkpoint of this step."""
@@ -174,19 +231,24 @@ class Attributor:
             self._ledger.flush()
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint must hold to continue the run: the number of steps done. The ledger is flushed first."""
+        """What a checkpoint must hold to continue the run: the number of steps done, and under momentum="credit" the
+        steps whose values are not final, as tensors and plain values. The ledger is flushed first.
+        """
         if self._pending:
             raise InrunError("state_dict() between a batch and its step: take checkpoints after optimizer.step().")
         self.flush()
-        return {"step": self.step}
+        return {"step": self.step, **self._account.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue after the step of `state`: rows of later steps are cut from the ledger."""
+        """Continue after the step of `state`: rows of later steps, and of those whose values were not final, are cut
+        from the ledger.
+        """
         self.discard()
         self.step = int(state["step"])
         self.last = None
+        self._account.load_state_dict(state)
         if self._ledger is not None:
-            self._ledger.cut(self.step)
+            self._ledger.cut(self._account.first_waiting(self.step) - 1)
 
     def detach(self) -> None:
         """Take every hook off the model and the optimizer; nothing of the attributor stays on them."""
@@ -198,6 +260,7 @@ class Attributor:
     def close(self) -> None:
         """Detach, and write what is booked. Raises InrunError if a batch still waits for its step."""
         self.detach()
+        self._book(self._account.close())
         if self._ledger is not None:
             self._ledger.close()
         if self._pending:
@@ -230,142 +293,149 @@ class Attributor:
                 "optimizer.step() without a `batch` before it: wrap the forward and backward passes in `with "
                 "attributor.batch(ids=...)`, or detach() to train on unattributed."
             )
-        moves = {
-            p: Moved(p.detach(), p.grad, optimizer.state.get(p, {}), group)
-            for group in optimizer.param_groups
-            for p in group["params"]
-            if p in self._names and p.grad is not None
-        }
-        self._refuse_unseen(moves)
-        ids = [i for microbatch in self._pending for i in microbatch.ids]
-        try:
-            self._waiting = self._evaluate(self.step + 1, ids, moves)
-        except NonFiniteError as problem:
-            if self._nonfinite == "stop":
-                raise NonFiniteError(
-                    f"step {self.step + 1}: {problem}. Nothing was moved and nothing booked. Look at the batch with "
-                    f"the ids {ids[:8]}, lower the learning rate, or give nonfinite='skip' to book such steps as "
-                    "skipped."
-                ) from None
-            self._waiting = _Waiting(Step(self.step + 1, ids, {}, {}, self._train_loss(), skipped=True))
-
-    def _refuse_unseen(self, moves: Mapping[nn.Parameter, Moved]) -> None:
-        """Raise InrunError for gradients that the values could not follow."""
-        late = [
-            p
-            for group in self.optimizer.param_groups
-            for p in group["params"]
-            if p.grad is not None and p not in self._names
-        ]
-        if late:
+        if self._waiting is None:  # the first of the optimizers to step: all gradients are there, no weight has moved
+            self._waiting = self._evaluate()
+        elif optimizer not in self._waiting.remaining:
             raise InrunError(
-                f"the optimizer moves {len(late)} parameter(s) that were frozen, or not yet its own, when the "
-                f"Attributor was attached (the first of shape {tuple(late[0].shape)}): detach() and attach again."
+                f"{type(optimizer).__name__}.step() was called twice for one batch, while another of the Attributor's "
+                "optimizers has not stepped: step each of them once."
             )
+
+    def _moves(self) -> dict[nn.Parameter, Moved]:
+        """Every parameter that the optimizers are about to move. Raises InrunError for what values cannot follow."""
+        moves = {}
+        for optimizer, update in self._updates.items():
+            if getattr(optimizer, "grad_scale", None) is not None:
+                raise InrunError(
+                    "a gradient scaler leaves the unscaling to this fused optimizer, which hides the gradient that it "
+                    "receives: call scaler.unscale_(optimizer) before scaler.step(optimizer)."
+                )
+            for group in optimizer.param_groups:
+                late = [p for p in group["params"] if p.grad is not None and p not in self._names]
+                if late:
+                    raise InrunError(
+                        f"the optimizer moves {len(late)} parameter(s) that were frozen, or not yet its own, when the "
+                        f"Attributor was attached (the first of shape {tuple(late[0].shape)}): detach() and attach "
+                        "again."
+                    )
+                for p in group["params"]:
+                    if p.grad is not None:
+                        moves[p] = Moved(p.detach(), p.grad, optimizer.state.get(p, {}), group, update)
         if not moves:
             raise InrunError(
                 "no parameter has a gradient any more: call zero_grad() after optimizer.step(), not before it."
             )
-        if getattr(self.optimizer, "grad_scale", None) is not None:
-            raise InrunError(
-                "a gradient scaler leaves the unscaling to this fused optimizer, which hides the gradient that it "
-                "receives: call scaler.unscale_(optimizer) before scaler.step(optimizer)."
-            )
+        return moves
 
-    def _evaluate(self, step: int, ids: list[Id], moves: Mapping[nn.Parameter, Moved]) -> "_Waiting":
-        """The values of the step that the optimizer is about to take. Changes nothing."""
-        gradients = [moved.gradient for moved in moves.values()]
-        norms = torch.stack(torch._foreach_norm(gradients))
-        if not bool(norms.isfinite().all()) and not all(bool(gradient.isfinite().all()) for gradient in gradients):
-            raise NonFiniteError("the gradient is not finite")
+    def _evaluate(self) -> "_Waiting":
+        """The values of the step that the optimizers are about to take. Changes nothing."""
+        step, moves = self.step + 1, self._moves()
+        waiting = _Waiting(set(self.optimizers))
+        audited = self._audit_every > 0 and step % self._audit_every == 0
+        try:
+            self._check_finite(moves, waiting)
+            waiting.valued = self._value(step, moves, audited, self._permutations if audited else 0)
+        except NonFiniteError as problem:
+            ids = [i for microbatch in self._pending for i in microbatch.ids]
+            if self._nonfinite == "stop":
+                raise NonFiniteError(
+                    f"step {step}: {problem}. Nothing was moved and nothing booked. Look at the batch with the ids "
+                    f"{ids[:8]}, lower the learning rate, or give nonfinite='skip' to book such steps as skipped."
+                ) from None
+            waiting.norms.clear()
+            waiting.valued = Valued(Step(step, ids, {}, {}, train_loss(self._pending), skipped=True))
+            return waiting
+        if audited or not self._move_checked:
+            waiting.before = {p: p.detach().clone() for p in moves}
+            waiting.expected = displacements(moves, 1.0)
+        return waiting
+
+    def _check_finite(self, moves: Mapping[nn.Parameter, Moved], waiting: "_Waiting") -> None:
+        """Raise NonFiniteError if a gradient is not finite; keep the norms, by which a change would be seen."""
+        for optimizer in self.optimizers:
+            mine = {p for group in optimizer.param_groups for p in group["params"]}
+            gradients = [moved.gradient for p, moved in moves.items() if p in mine]
+            if gradients:
+                norms = torch.stack(torch._foreach_norm(gradients))
+                if not bool(norms.isfinite().all()) and not all(bool(g.isfinite().all()) for g in gradients):
+                    raise NonFiniteError("the gradient is not finite")
+                if not any(group.get("nesterov") for group in optimizer.param_groups):
+                    # torch's foreach SGD adds Nesterov's momentum into the gradient itself
+                    waiting.norms[optimizer] = gradients, norms
+
+    def _value(
+        self, step: int, moves: Mapping[nn.Parameter, Moved], audited: bool, permutations: int, seed: int = 0
+    ) -> Valued:
         for microbatch in self._pending:
             for call in microbatch.captured.calls:
                 call.check_inputs()
-        audited = self._audit_every > 0 and step % self._audit_every == 0
-        losses = losses_without_data(self._targets, step, self._update, moves) if audited else {}
-        found = directions(self._targets, step, self._update, moves, self._path)
-        scales = self._received.scales(moves)
-        values, conservation = {}, {}
-        for name, direction in found.items():
-            # g_i as the optimizer receives it is scale * (g_i as backward made it); the scale goes over to q
-            q = direction.q if scales is None else {p: towards * scales[p] for p, towards in direction.q.items()}
-            seen, size = torch.zeros(2, len(self._groups), dtype=torch.float64, device=gradients[0].device)
-            parts = [contract(m.captured, q, self._group_of, seen, size) for m in self._pending]
-            values[name] = torch.cat(parts).cpu()
-            if not bool(values[name].isfinite().all()):
-                raise NonFiniteError(f"a value for target {name!r} is not finite")
-            conservation[name] = check_conservation(
-                self._groups, seen, size, self._received.raw, q, f"step {step}, target {name!r}"
-            )
-        at = {name: direction.loss for name, direction in found.items()}
-        waiting = _Waiting(Step(step, ids, values, at, self._train_loss()), conservation, losses, gradients, norms)
-        if any(group.get("nesterov") for group in self.optimizer.param_groups):
-            waiting.norms = None  # torch's foreach step adds Nesterov's momentum into the gradient itself
-        if audited or not self._move_checked:
-            waiting.before = {p: p.detach().clone() for p in moves}
-            waiting.expected = displacements(self._update, moves, 1.0)
-        return waiting
+        return self._account.value(step, self._pending, moves, self._received, audited, permutations, seed)
 
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        waiting, self._waiting = self._waiting, None
+        waiting = self._waiting
         if waiting is None:
             return
-        # the optimizer has moved: the step counts as done, whatever cannot be checked or written now
-        result = waiting.step
-        self.step, self.last, self._pending = result.step, result, []
-        if waiting.norms is not None and not torch.equal(
-            torch.stack(torch._foreach_norm(waiting.gradients)), waiting.norms
-        ):
+        waiting.remaining.discard(optimizer)
+        valued = waiting.valued
+        if not waiting.remaining:
+            # the optimizers have moved: the step counts as done, whatever cannot be checked or written now
+            self.step, self._pending, self._waiting = valued.step.step, [], None
+        gradients, norms = waiting.norms.get(optimizer, ([], None))
+        if norms is not None and not torch.equal(torch.stack(torch._foreach_norm(gradients)), norms):
             raise InrunError(
-                f"step {result.step}: the gradients were changed inside of optimizer.step(), after the values were "
-                "computed from them (a step hook that clips, most likely), so its values would be wrong. Change them "
-                "before step()."
+                f"step {valued.step.step}: the gradients were changed inside of optimizer.step() or between two "
+                "optimizers' steps (a step hook that clips, most likely), after the values were computed from them, so "
+                "its values would be wrong. Change them before step()."
             )
-        rates = [group["lr"] for group in self.optimizer.param_groups]
+        if waiting.remaining:
+            return
+        rates = [group["lr"] for one in self.optimizers for group in one.param_groups]
         eps = max((torch.finfo(rate.dtype).eps for rate in rates if isinstance(rate, Tensor)), default=0.0)
         for p, expected in waiting.expected.items():
             # a step of no length, as under a rate of zero, shows nothing
             self._move_checked |= check_move(self._names[p], waiting.before[p], p.detach(), expected, eps)
-        rows = [self._row(target, waiting) for target in self._targets]
-        if self._ledger is not None:
-            self._ledger.book(result.step, result.ids, {name: v.numpy() for name, v in result.values.items()}, rows)
+        self.train_loss = valued.step.train_loss
+        self.total += sum(one["value"] for one in valued.rows.values())
+        row = {"learning_rate": max(map(float, rates)), "train_loss": valued.step.train_loss}
+        for name, game in self._games.items():
+            valued.rows.setdefault(name, {}).update(game.row())
+        self._games = {}
+        self._book(self._account.finished(valued, row))
 
-    def _train_loss(self) -> float | None:
-        reported = [microbatch.loss for microbatch in self._pending]
-        return (
-            None
-            if any(loss is None for loss in reported)
-            else sum(float(loss) for loss in reported if loss is not None)
-        )
-
-    def _row(self, target: Target, waiting: "_Waiting") -> dict[str, Any]:
-        """The step's row of the ledger's steps table for one target."""
-        result, name = waiting.step, target.name
-        row: dict[str, Any] = {
-            "step": result.step,
-            "target": name,
-            "examples": len(result.ids),
-            "train_loss": result.train_loss,
-            "learning_rate": max(float(group["lr"]) for group in self.optimizer.param_groups),
-            "skipped": result.skipped,
-        }
-        if not result.skipped:
-            value = float(result.values[name].sum())
-            row |= {"loss": result.losses[name], "value": value, "conservation": waiting.conservation[name]}
-            if name in waiting.losses:
-                before, after_momentum, after_zero = waiting.losses[name]
-                row |= Audit(before, after_momentum, after_zero, target.loss(result.step)).row(value)
-        return row
+    def _book(self, final: Sequence[Valued]) -> None:
+        """Steps whose values will not change any more, into `last` and the ledger."""
+        for valued in final:
+            self.last = done = valued.step
+            if self._ledger is not None:
+                values = {name: v.numpy() for name, v in done.values.items()}
+                self._ledger.book(done.step, done.ids, values, list(valued.rows.values()))
 
 
 @dataclass
 class _Waiting:
-    """A step between the optimizer's hooks: evaluated, but not yet taken."""
+    """A step between the optimizers' hooks: evaluated, but not yet taken by all of them."""
 
-    step: Step
-    conservation: dict[str, float] = field(default_factory=dict)
-    losses: dict[str, list[float]] = field(default_factory=dict)
-    gradients: list[Tensor] = field(default_factory=list)
-    norms: Tensor | None = None
+    remaining: set[Optimizer]
+    valued: Valued = field(default_factory=lambda: Valued(Step(0, [], {}, {})))
+    norms: dict[Optimizer, tuple[list[Tensor], Tensor]] = field(default_factory=dict)
     before: dict[nn.Parameter, Tensor] = field(default_factory=dict)
     expected: dict[nn.Parameter, Tensor] = field(default_factory=dict)
+
+
+def audit(attributor: Attributor, permutations: int = 200, seed: int = 0) -> dict[str, Game]:
+    """The real game of the step that is about to be taken, by target: call it after backward(), before step().
+
+    The Shapley values of the batch's examples in the game of design 2.1, played with the optimizer's real move and the
+    target's real loss: in full up to 12 examples, by random orders and with a standard error beyond. What it finds is
+    booked with the step. Nothing is disturbed: weights, optimizer, gradients and random states are as before.
+
+    Args:
+        permutations: random orders of the examples, two or more, where there are more than 12.
+
+    Returns:
+        target -> `inrun.game.Game`: the Shapley values, the scheme's own, and how far they are apart.
+
+    Raises:
+        InrunError: no batch waits for its step, or a step is being taken.
+    """
+    return attributor._audit(permutations, seed)

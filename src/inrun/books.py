@@ -10,11 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from inrun.direction import displaced, displacements
+from inrun.direction import Moves, displaced, displacements
 from inrun.errors import InrunError
 from inrun.probe import Unit
 from inrun.target import Target
-from inrun.update import Moved, Update
 
 # what rounding may do to a group's sum, relative to |G| |q| + sum |b| |tangent|: ten times or more what was measured
 # (7e-8 in float32; 4e-9 in float64 models that compute a norm in float32), and far below a missing call or example
@@ -85,6 +84,37 @@ def check_conservation(
     return worst
 
 
+def check_contributions(
+    groups: Sequence[Group], contributions: Mapping[nn.Parameter, Tensor], moves: Moves, where: str
+) -> float:
+    """The largest relative error of sum_i g_i = G over the groups, g_i [examples, *shape] by parameter.
+
+    Raises ConservationError, naming the parameters, if a group's error is more than rounding.
+    """
+    worst = 0.0
+    for group in groups:
+        error, bound = [], []
+        for p in group.parameters:
+            g, whole = contributions.get(p), moves[p].gradient if p in moves else None
+            if g is not None:
+                error.append((g.sum(dim=0) - (0 if whole is None else whole)).double().norm())
+                bound += [part.double().norm() for part in g]
+            elif whole is not None:
+                error.append(whole.double().norm())
+            if whole is not None:
+                bound.append(whole.double().norm())
+        if error and (apart := float(torch.stack(error).norm())):
+            relative = apart / float(torch.stack(bound).sum())
+            tolerance = max(TOLERANCE.get(p.dtype, 3e-2) for p in group.parameters)
+            if not relative <= tolerance:
+                raise ConservationError(
+                    f"{where}: the examples' gradients of {', '.join(group.parameters.values())} do not add up to what "
+                    f"the optimizer receives (a relative error of {relative:.1e}, tolerance {tolerance:.0e}). {_CAUSES}"
+                )
+            worst = max(worst, relative)
+    return worst
+
+
 _CAUSES = (
     "A use of these parameters was not seen. Usual causes: gradients not zeroed before the batch, changed inside its "
     "block (clip after it), or made outside of it; a parameter read without calling its module, as in F.linear(x, "
@@ -117,12 +147,10 @@ class Audit:
         }
 
 
-def losses_without_data(
-    targets: Sequence[Target], step: int, update: Update, moves: Mapping[nn.Parameter, Moved]
-) -> dict[str, list[float]]:
+def losses_without_data(targets: Sequence[Target], step: int, moves: Moves) -> dict[str, list[float]]:
     """By target: its loss at w, after momentum alone, and at w + D(0)."""
     losses: dict[str, list[float]] = {target.name: [] for target in targets}
-    zero, still = displacements(update, moves, 0.0), displacements(update, moves, 0.0, decay=False)
+    zero, still = displacements(moves, 0.0), displacements(moves, 0.0, decay=False)
     for move in ({}, still, zero):
         with displaced(move):
             for target in targets:

@@ -59,18 +59,21 @@ class Captured:
     calls: list[Call] = field(default_factory=list)
 
 
-def trained_parameters(model: nn.Module, optimizer: Optimizer) -> dict[nn.Parameter, str]:
-    """The parameters that the optimizer moves, with their names in the model.
+def trained_parameters(model: nn.Module, optimizers: Sequence[Optimizer]) -> dict[nn.Parameter, str]:
+    """The parameters that the optimizers move, with their names in the model.
 
-    Raises InrunError if one is not the model's, or if none is trained.
+    Raises InrunError if one is not the model's, if two optimizers hold it, or if none is trained.
     """
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None:
             raise InrunError(f"{name}: an embedding with max_norm rewrites its weight when read: build it without.")
     names = {p: name for name, p in model.named_parameters()}
-    trained = {}
-    for k, group in enumerate(optimizer.param_groups):
+    trained: dict[nn.Parameter, str] = {}
+    groups = [(k, group) for optimizer in optimizers for k, group in enumerate(optimizer.param_groups)]
+    for k, group in groups:
         for p in group["params"]:
+            if p in trained:
+                raise InrunError(f"{names[p]} is held by two optimizers: give each parameter to one of them.")
             if p not in names:
                 raise InrunError(
                     f"the optimizer's group {k} holds a parameter of shape {tuple(p.shape)} that is not the model's. "

@@ -1,54 +1,83 @@
 """The credit direction q: every scheme is phi_i = <g_i, q> (design, 2.2).
 
-| scheme  | q                                                                                      |
-|---------|----------------------------------------------------------------------------------------|
-| `first` | c * grad L(w)                                                                          |
-| `path`  | sum over K equal pieces [a, b] of the path: c_ab * grad L(w + D(s G)), s the midpoint  |
+| scheme     | q                                                                                            |
+|------------|----------------------------------------------------------------------------------------------|
+| `first`    | c * grad L(w)                                                                                |
+| `second`   | c * (grad L(w) - 1/2 H (c * G)), H the target's Hessian at w, by a double backward           |
+| `path`     | sum over K equal pieces [a, b] of the path: c_ab * grad L in the middle between w + D(aG)    |
+|            | and w + D(bG)                                                                                |
 
-with c the chord of the optimizer's move (inrun.update) and K = `nodes`.
+with c the chord of the optimizer's move (inrun.update), or its pull-back where the optimizer moves no coordinate by
+itself. The middle is the chord's, not D at (a + b) / 2: where D bends, as in the first steps of Adam, D at half of the
+gradient may be nearly all of the move, and the values' sum then misses what the step removes.
+
+`rule="gauss"` takes one piece, with K Gauss-Legendre nodes on its chord; `adaptive` one piece, with 1, 3, 9, ...
+equally spaced ones, until the values' sum is the loss that the move really removed.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Literal, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from inrun.errors import InrunError
 from inrun.target import Target
-from inrun.update import Moved, Update
+from inrun.update import Moved, Pull
 
-
-@dataclass(frozen=True)
-class Piece:
-    """A piece [a, b] of the path s -> w + D(s G), and where the target's gradient is taken (None: at w itself)."""
-
-    a: float
-    b: float
-    at: float | None
-
-
-def pieces(scheme: str, nodes: int) -> list[Piece]:
-    """The pieces of a scheme. Raises InrunError for a scheme or a number of nodes that does not exist."""
-    if nodes < 1:
-        raise InrunError(f"nodes={nodes}: the path needs at least one node.")
-    match scheme:
-        case "first":
-            if nodes != 1:
-                raise InrunError(f"scheme 'first' takes no nodes (nodes={nodes} was given): use scheme='path'.")
-            return [Piece(0.0, 1.0, None)]
-        case "path":
-            return [Piece(k / nodes, (k + 1) / nodes, (k + 0.5) / nodes) for k in range(nodes)]
-    raise InrunError(f"scheme {scheme!r} does not exist: choose 'first' or 'path'.")
+Moves = Mapping[nn.Parameter, Moved]
+_Gradients = tuple[float, list[Tensor | None]]
+_Legs = Mapping[nn.Parameter, tuple[Tensor, Pull]]
 
 
 @dataclass(frozen=True)
 class Direction:
-    """One target's q, by parameter, and the target's loss where the gradient was taken (the mean over the pieces)."""
+    """One target's q, by parameter; the target's loss where the gradient was taken (the mean over the pieces); and how
+    many backward passes over the target's batch it took.
+    """
 
     q: dict[nn.Parameter, Tensor]
     loss: float
+    target_gradients: int
+
+
+class Scheme(Protocol):
+    """A way to q."""
+
+    def directions(self, targets: Sequence[Target], step: int, moves: Moves) -> dict[str, Direction]:
+        """q and loss for every target at this step; a parameter on which a target does not depend is not in its q."""
+
+
+def scheme_of(
+    scheme: str, nodes: int | Literal["adaptive"], rule: str, tolerance: float, max_nodes: int
+) -> "First | Second | Path | Adaptive":
+    """The scheme of these settings. Raises InrunError for what does not exist or does not go together."""
+    if scheme not in ("first", "second", "path"):
+        raise InrunError(f"scheme {scheme!r} does not exist: choose 'first', 'second' or 'path'.")
+    if rule not in ("midpoint", "gauss"):
+        raise InrunError(f"rule {rule!r} does not exist: choose 'midpoint' or 'gauss'.")
+    if nodes != "adaptive" and (isinstance(nodes, str) or nodes < 1):
+        raise InrunError(f"nodes={nodes!r}: the path needs at least one node; or 'adaptive'.")
+    if scheme != "path":
+        if nodes != 1 or rule != "midpoint":
+            raise InrunError(f"scheme {scheme!r} takes no nodes and no rule: use scheme='path'.")
+        return First() if scheme == "first" else Second()
+    if nodes != "adaptive":
+        return Path(1, gauss_nodes(nodes)) if rule == "gauss" else Path(nodes, [(0.5, 1.0)])
+    if rule != "midpoint":
+        raise InrunError("nodes='adaptive' has equally spaced nodes, which is the midpoint rule.")
+    if not 0 < tolerance < 1 or max_nodes < 1:
+        raise InrunError(f"tolerance={tolerance}, max_nodes={max_nodes}: give a share between 0 and 1, and 1 or more.")
+    return Adaptive(tolerance, max_nodes)
+
+
+def gauss_nodes(nodes: int) -> list[tuple[float, float]]:
+    """The Gauss-Legendre nodes on [0, 1], each with its weight."""
+    places, weights = np.polynomial.legendre.leggauss(nodes)
+    return [(float(x + 1) / 2, float(weight) / 2) for x, weight in zip(places, weights, strict=True)]
 
 
 @contextmanager
@@ -66,32 +95,140 @@ def displaced(displacements: Mapping[nn.Parameter, Tensor]) -> Iterator[None]:
                 parameter.copy_(weight)
 
 
-def displacements(
-    update: Update, moves: Mapping[nn.Parameter, Moved], s: float, *, decay: bool = True
-) -> dict[nn.Parameter, Tensor]:
+def displacements(moves: Moves, s: float, *, decay: bool = True) -> dict[nn.Parameter, Tensor]:
     """D(s G) by parameter."""
-    return {parameter: update.displacement(moved, s, decay=decay) for parameter, moved in moves.items()}
+    return {parameter: moved.update.displacement(moved, s, decay=decay) for parameter, moved in moves.items()}
 
 
-def directions(
-    targets: Sequence[Target],
-    step: int,
-    update: Update,
-    moves: Mapping[nn.Parameter, Moved],
-    path: Sequence[Piece],
-) -> dict[str, Direction]:
-    """q and loss for every target at this step; a parameter on which a target does not depend has no entry in its q."""
-    qs: dict[str, dict[nn.Parameter, Tensor]] = {target.name: {} for target in targets}
-    losses = {target.name: 0.0 for target in targets}
-    parameters = list(moves)
-    for piece in path:
-        chords = [update.chord(moved, piece.a, piece.b) for moved in moves.values()]
-        with displaced({} if piece.at is None else displacements(update, moves, piece.at)):
-            for target in targets:
-                loss, gradients = target.gradient(step, parameters)
-                losses[target.name] += loss / len(path)
-                q = qs[target.name]
-                for parameter, chord, gradient in zip(parameters, chords, gradients, strict=True):
-                    if gradient is not None:
-                        q[parameter] = q[parameter].addcmul_(chord, gradient) if parameter in q else chord * gradient
-    return {name: Direction(q, losses[name]) for name, q in qs.items()}
+class _Sum:
+    """What the nodes of one target's path add up to."""
+
+    def __init__(self) -> None:
+        self.q: dict[nn.Parameter, Tensor] = {}
+        self.loss, self.nodes = 0.0, 0
+
+    def add(self, pulls: Iterable[tuple[nn.Parameter, Pull]], gradients: _Gradients, weight: float = 1.0) -> None:
+        loss, found = gradients
+        for (parameter, pull), gradient in zip(pulls, found, strict=True):
+            if gradient is not None:
+                part = pull(gradient) if weight == 1.0 else pull(gradient).mul_(weight)
+                self.q[parameter] = self.q[parameter].add_(part) if parameter in self.q else part
+        self.loss += loss
+        self.nodes += 1
+
+    def total(self, moves: Moves) -> float:
+        """<G, q>: what the values of the step will add up to."""
+        parts = [torch.sum(moves[p].gradient * q, dtype=torch.float64) for p, q in self.q.items()]
+        return float(torch.stack(parts).sum())
+
+    def direction(self, target_gradients: int) -> Direction:
+        return Direction(self.q, self.loss / self.nodes, target_gradients)
+
+
+class First:
+    """The paper's first order: the gradient at w."""
+
+    def directions(self, targets: Sequence[Target], step: int, moves: Moves) -> dict[str, Direction]:
+        pulls = {p: moved.update.pull_back(moved, 0.0, 1.0)[1] for p, moved in moves.items()}
+        sums = {target.name: _Sum() for target in targets}
+        for target in targets:
+            sums[target.name].add(pulls.items(), target.gradient(step, list(moves)))
+        return {name: found.direction(1) for name, found in sums.items()}
+
+
+class Second:
+    """The paper's second order: a gradient and a Hessian-vector product at w."""
+
+    def directions(self, targets: Sequence[Target], step: int, moves: Moves) -> dict[str, Direction]:
+        legs = {p: moved.update.pull_back(moved, 0.0, 1.0) for p, moved in moves.items()}
+        back, pulls = {p: leg[0] for p, leg in legs.items()}, {p: leg[1] for p, leg in legs.items()}
+        sums = {target.name: _Sum() for target in targets}
+        for target in targets:
+            sums[target.name].add(pulls.items(), target.second_order(step, back))
+        return {name: found.direction(2) for name, found in sums.items()}
+
+
+class Path:
+    """`pieces` equal pieces, on the chord of each of which the target's gradient is taken at the nodes (x, weight)."""
+
+    def __init__(self, pieces: int, nodes: Sequence[tuple[float, float]]) -> None:
+        self._pieces, self._nodes = pieces, nodes
+
+    def directions(self, targets: Sequence[Target], step: int, moves: Moves) -> dict[str, Direction]:
+        sums = {target.name: _Sum() for target in targets}
+        start = displacements(moves, 0.0)
+        for k in range(self._pieces):
+            ends = k / self._pieces, (k + 1) / self._pieces
+            legs = {p: moved.update.pull_back(moved, *ends) for p, moved in moves.items()}
+            for x, weight in self._nodes:
+                with displaced(_along(start, legs, x)):
+                    for target in targets:
+                        sums[target.name].add(_pulls(legs), target.gradient(step, list(moves)), weight)
+            start = _along(start, legs, 1.0)
+        return {name: found.direction(self._pieces * len(self._nodes)) for name, found in sums.items()}
+
+
+class Adaptive:
+    """More and more nodes, for every target until its values' sum agrees with what the step removes.
+
+    What it removes is measured: the target's loss at w + D(0) and at w + D(G), two forward passes. The sum agrees when
+    it differs by `tolerance` of the larger of the two at most, beside what the loss itself may be rounded by. Of three
+    times as many equally spaced nodes a third is known already, so that 1, 3, 9, ... nodes cost as many target
+    gradients in all. There are never more than `max_nodes`.
+    """
+
+    def __init__(self, tolerance: float, max_nodes: int) -> None:
+        self._tolerance, self._max_nodes = tolerance, max_nodes
+
+    def directions(self, targets: Sequence[Target], step: int, moves: Moves) -> dict[str, Direction]:
+        start = displacements(moves, 0.0)
+        legs = {p: moved.update.pull_back(moved, 0.0, 1.0) for p, moved in moves.items()}
+        removed, slack = self._removed(targets, step, moves, start, _along(start, legs, 1.0))
+        sums = {target.name: _Sum() for target in targets}
+        found: dict[str, Direction] = {}
+        nodes, unsettled = 1, list(targets)
+        while unsettled:
+            for k in range(nodes):
+                if nodes > 1 and k % 3 == 1:  # a node of the third as many
+                    continue
+                with displaced(_along(start, legs, (k + 0.5) / nodes)):
+                    for target in unsettled:
+                        sums[target.name].add(_pulls(legs), target.gradient(step, list(moves)))
+            for target in list(unsettled):
+                name = target.name
+                total = sums[name].total(moves) / nodes
+                allowed = self._tolerance * max(abs(total), abs(removed[name])) + slack[name]
+                if 3 * nodes > self._max_nodes or abs(total - removed[name]) <= allowed:
+                    for q in sums[name].q.values():
+                        q /= nodes
+                    found[name] = sums[name].direction(nodes)
+                    unsettled.remove(target)
+            nodes *= 3
+        return {target.name: found[target.name] for target in targets}
+
+    def _removed(
+        self,
+        targets: Sequence[Target],
+        step: int,
+        moves: Moves,
+        start: Mapping[nn.Parameter, Tensor],
+        end: Mapping[nn.Parameter, Tensor],
+    ) -> tuple[dict[str, float], dict[str, float]]:
+        """L(w + D(0)) - L(w + D(G)) by target, and how far its rounding may go."""
+        losses: dict[str, list[float]] = {target.name: [] for target in targets}
+        for move in (start, end):
+            with displaced(move):
+                for target in targets:
+                    losses[target.name].append(target.loss(step))
+        eps = max(torch.finfo(moved.weight.dtype).eps for moved in moves.values())
+        removed = {name: before - after for name, (before, after) in losses.items()}
+        return removed, {name: 4 * eps * abs(before) for name, (before, _) in losses.items()}
+
+
+def _pulls(legs: _Legs) -> Iterator[tuple[nn.Parameter, Pull]]:
+    return ((p, pull) for p, (_, pull) in legs.items())
+
+
+def _along(start: Mapping[nn.Parameter, Tensor], legs: _Legs, x: float) -> dict[nn.Parameter, Tensor]:
+    """The displacement at the share x of a piece that begins at the displacement `start`."""
+    return {p: torch.sub(start[p], back, alpha=x) for p, (back, _) in legs.items()}

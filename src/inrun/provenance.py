@@ -15,15 +15,19 @@ from inrun.tangent import has_closed_form
 from inrun.target import Target
 
 
-def describe(optimizer: Optimizer, units: Sequence[Unit], targets: Sequence[Target], **settings: Any) -> dict[str, Any]:
+def describe(
+    optimizers: Sequence[Optimizer], units: Sequence[Unit], targets: Sequence[Target], **settings: Any
+) -> dict[str, Any]:
     """Settings, optimizer, targets, versions and coverage; `identity` is what must stay the same when the
     run is resumed.
     """
     plain = (int, float, bool, str, tuple, list, type(None))
+    kind = " + ".join(type(optimizer).__name__ for optimizer in optimizers)
     return {
         "identity": {
             **{k: settings[k] for k in ("scheme", "nodes", "momentum")},
-            "optimizer": type(optimizer).__name__,
+            **({"rule": settings["rule"]} if settings["rule"] != "midpoint" else {}),
+            "optimizer": kind,
             "targets": [t.name for t in targets],
         },
         **settings,
@@ -35,7 +39,7 @@ def describe(optimizer: Optimizer, units: Sequence[Unit], targets: Sequence[Targ
         },
         "units": {"value": "nats of target loss", "positive": "the example lowered the target's loss"},
         "optimizer": {
-            "class": type(optimizer).__name__,
+            "class": kind,
             "groups": [
                 {
                     k: float(v) if isinstance(v, Tensor) else v
@@ -43,6 +47,7 @@ def describe(optimizer: Optimizer, units: Sequence[Unit], targets: Sequence[Targ
                     if isinstance(v, (*plain, Tensor)) and k != "params"
                 }
                 | {"parameters": sum(p.numel() for p in group["params"])}
+                for optimizer in optimizers
                 for group in optimizer.param_groups
             ],
         },

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from inrun.errors import InrunError, NonFiniteError
+from inrun.tangent.generic import plain_kernels
 
+DOUBLE_BACKWARD = "attention and recurrent layers by their plain (math) kernels"
 Loss = Callable[[nn.Module, Any], Tensor]
 
 
@@ -84,12 +86,40 @@ class Target:
         """
         with self._evaluation(), torch.enable_grad():
             loss = self._checked(step)
-            moving = [p for p in parameters if p.requires_grad]
-            found: Sequence[Tensor | None] = [None] * len(moving)
-            if loss.requires_grad:
-                found = torch.autograd.grad(loss, moving, allow_unused=True)
-        by_parameter = dict(zip(moving, found, strict=True))
-        gradients = [by_parameter.get(p) for p in parameters]
+            gradients = _derivatives(loss, parameters)
+        return self._finite(loss, step, gradients), gradients
+
+    def second_order(self, step: int, back: Mapping[nn.Parameter, Tensor]) -> tuple[float, list[Tensor | None]]:
+        """The step's loss and grad L - 1/2 H back by parameter, H the Hessian of the loss over all parameters.
+
+        By a double backward pass; attention and recurrent layers run in the plain form that has one. Raises as
+        `gradient` does, and InrunError where another operator has no double backward.
+        """
+        parameters = list(back)
+        with self._evaluation(), torch.enable_grad(), plain_kernels():
+            loss = self._checked(step)
+            gradients = _derivatives(loss, parameters, create_graph=True)
+            value = self._finite(loss, step, gradients)
+            along = torch.stack(
+                [(g * v).sum().double() for g, v in zip(gradients, back.values(), strict=True) if g is not None]
+            ).sum()
+            try:
+                _check_twice_differentiable(along)
+                turns = _derivatives(along, parameters)
+            except RuntimeError as error:
+                if "not implemented" not in str(error):
+                    raise
+                raise InrunError(
+                    f"target {self.name!r}: scheme='second' needs a double backward pass, and an operator of the model "
+                    f"has none ({error}). Use scheme='path', which needs none."
+                ) from error
+        return value, [
+            g if g is None else g.detach() if turn is None else g.detach() - turn / 2
+            for g, turn in zip(gradients, turns, strict=True)
+        ]
+
+    def _finite(self, loss: Tensor, step: int, gradients: Sequence[Tensor | None]) -> float:
+        """The loss as a number, of a target that depends on the model."""
         if all(gradient is None for gradient in gradients):
             raise InrunError(
                 f"target {self.name!r}: its loss does not depend on any parameter that the optimizer moves, so no "
@@ -99,7 +129,7 @@ class Target:
         value = float(loss.detach())
         if not math.isfinite(value):
             raise NonFiniteError(f"the loss of target {self.name!r} is {value} on its batch {step % len(self.batches)}")
-        return value, gradients
+        return value
 
     def _checked(self, step: int) -> Tensor:
         loss = self._loss(self._evaluation.model, self.batches[step % len(self.batches)])
@@ -112,6 +142,30 @@ class Target:
                 f"{what}."
             )
         return loss.reshape(())
+
+
+def _check_twice_differentiable(x: Tensor) -> None:
+    """Raise RuntimeError for a backward pass marked as once differentiable, which autograd.grad leaves out unsaid."""
+    seen, to_see = set(), [x.grad_fn]
+    while to_see:
+        node = to_see.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            if node.name() == "torch::autograd::Error":
+                raise RuntimeError(
+                    "a function marked with @once_differentiable: its second derivative is not implemented"
+                )
+            to_see += [following for following, _ in node.next_functions]
+
+
+def _derivatives(of: Tensor, parameters: Sequence[nn.Parameter], *, create_graph: bool = False) -> list[Tensor | None]:
+    """The gradient by parameter; None where there is none."""
+    moving = [p for p in parameters if p.requires_grad]
+    found: Sequence[Tensor | None] = [None] * len(moving)
+    if of.requires_grad:
+        found = torch.autograd.grad(of, moving, allow_unused=True, create_graph=create_graph)
+    by_parameter = dict(zip(moving, found, strict=True))
+    return [by_parameter.get(p) for p in parameters]
 
 
 def _as_batches(name: str, batches: Any, model: nn.Module) -> list[Any]:

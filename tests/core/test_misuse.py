@@ -158,8 +158,8 @@ def test_a_frozen_model() -> None:
 
 def test_an_unsupported_optimizer() -> None:
     model = mlp()
-    with pytest.raises(InrunError, match=r"RMSprop is not supported.*Adam, AdamW, SGD.*To add one"):
-        Attributor(model, torch.optim.RMSprop(model.parameters()), {"t": vectors(3, 1)}, loss)
+    with pytest.raises(InrunError, match=r"LBFGS is not supported.*Adam, AdamW.*To add one"):
+        Attributor(model, torch.optim.LBFGS(model.parameters()), {"t": vectors(3, 1)}, loss)
 
 
 @pytest.mark.parametrize(
@@ -168,7 +168,14 @@ def test_an_unsupported_optimizer() -> None:
         ({"scheme": "third"}, "scheme 'third'"),
         ({"nodes": 0}, "nodes=0"),
         ({"scheme": "first", "nodes": 2}, "takes no nodes"),
-        ({"momentum": "credit"}, "momentum='credit'"),
+        ({"momentum": "ignore"}, "momentum='ignore'"),
+        ({"scheme": "second", "rule": "gauss"}, "takes no nodes and no rule"),
+        ({"rule": "simpson"}, "rule 'simpson'"),
+        ({"nodes": "many"}, "nodes='many'"),
+        ({"nodes": "adaptive", "rule": "gauss"}, "midpoint rule"),
+        ({"nodes": "adaptive", "tolerance": 0.0}, "tolerance=0"),
+        ({"nodes": "adaptive", "max_nodes": 0}, "max_nodes=0"),
+        ({"audit_permutations": 1}, "audit_permutations=1"),
         ({"kernel": "magic"}, "kernel='magic'"),
         ({"nonfinite": "ignore"}, "nonfinite='ignore'"),
         ({"audit_every": -1}, "audit_every=-1"),

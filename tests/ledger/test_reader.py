@@ -13,6 +13,7 @@ import polars as pl
 import pytest
 
 from inrun.ledger import Ledger, LedgerError, LedgerWriter, write_examples
+from inrun.ledger.schema import STEPS_SCHEMA
 
 TARGETS = ("math", "code")
 Row = tuple[int, int, str, float]
@@ -160,6 +161,41 @@ def test_steps_are_in_order(run: tuple[Path, list[Row]]) -> None:
     keys = ledger.steps().select("step", "target").rows()
     assert keys == [(step, target) for step in range(1, 41) for target in ("code", "math")]
     assert ledger.steps("math")["loss"].to_list() == [3 - step / 40 for step in range(1, 41)]
+
+
+LATER = ["target_gradients", "game_error", "game_rmse", "game_spearman", "game_noise"]
+
+
+def make_old(folder: Path) -> None:
+    """The parts of steps/ as they were written before these columns were there."""
+    for path in (folder / "steps").iterdir():
+        pl.read_parquet(path, glob=False).drop(LATER).write_parquet(path)
+
+
+def test_steps_written_before_a_column_was_there_have_null_in_it(run: tuple[Path, list[Row]]) -> None:
+    folder, _ = run
+    before = Ledger(folder).steps()
+    make_old(folder)
+    assert Ledger(folder).steps().equals(before)
+    assert Ledger(folder).targets == list(TARGETS)
+    assert before.schema == STEPS_SCHEMA
+
+
+@pytest.mark.parametrize("cut", [40, 17])
+def test_a_ledger_begun_without_a_column_is_resumed_with_it(run: tuple[Path, list[Row]], cut: int) -> None:
+    """Parts with and without it stand side by side, one of them cut in its middle."""
+    folder, _ = run
+    make_old(folder)
+    with LedgerWriter(folder, {"targets": list(TARGETS)}, resume=True) as writer:
+        writer.cut(cut)
+        row = {"target": "math", "loss": 1.5, "target_gradients": 3, "game_error": 0.25, "game_spearman": -1}
+        writer.book(cut + 1, [1], {"math": np.ones(1)}, [row])
+    steps = Ledger(folder).steps("math")
+    assert steps.schema == STEPS_SCHEMA
+    assert steps["step"].to_list() == list(range(1, cut + 2))
+    assert steps["loss"].to_list() == [*(3 - step / 40 for step in range(1, cut + 1)), 1.5]
+    assert steps["game_error"].to_list() == [None] * cut + [0.25]
+    assert steps.select(LATER).row(-1) == (3, 0.25, None, -1.0, None)
 
 
 def test_targets_are_those_declared_then_those_booked(tmp_path: Path) -> None:

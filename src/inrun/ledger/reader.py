@@ -24,6 +24,7 @@ from inrun.ledger.schema import (
     list_parts,
     read_run,
     scan,
+    scan_steps,
     values_schema,
 )
 
@@ -180,7 +181,7 @@ class Ledger:
 
     def _scan_steps(self) -> pl.LazyFrame:
         paths = [part.path for part in list_parts(self.folder, STEPS)]
-        return scan(paths) if paths else pl.LazyFrame(schema=STEPS_SCHEMA)
+        return scan_steps(paths) if paths else pl.LazyFrame(schema=STEPS_SCHEMA)
 
     def _of_target(self, rows: pl.LazyFrame, target: str | None) -> pl.LazyFrame:
         if target is None:

@@ -39,6 +39,15 @@ STEPS_SCHEMA: dict[str, type[pl.DataType]] = {
     "momentum": pl.Float64,
     "decay": pl.Float64,
     "unexplained": pl.Float64,
+    # how many gradients of the target the step's values took
+    "target_gradients": pl.Int64,
+    # the values against the Shapley values of the step's real game, where it was played: relative error, root mean
+    # square error (nats), rank correlation; and the standard error of the game's own values, root mean square (nats),
+    # 0 where it was played in full
+    "game_error": pl.Float64,
+    "game_rmse": pl.Float64,
+    "game_spearman": pl.Float64,
+    "game_noise": pl.Float64,
 }
 
 # What polars raises on a file that it cannot read; some damage makes it panic.
@@ -118,6 +127,11 @@ def id_type_of(path: Path) -> type[pl.DataType]:
 def scan(path: Path | list[Path]) -> pl.LazyFrame:
     """Parquet files as they are: no pattern in their names, no columns from their folders."""
     return pl.scan_parquet(path, glob=False, hive_partitioning=False)
+
+
+def scan_steps(paths: list[Path]) -> pl.LazyFrame:
+    """Parts of steps/ with all columns of today: null in a part written before there was such a column."""
+    return pl.scan_parquet(paths, glob=False, hive_partitioning=False, schema=STEPS_SCHEMA, missing_columns="insert")
 
 
 def corrupt(path: Path, error: BaseException) -> LedgerError:

@@ -12,10 +12,10 @@ in which both differences have the factor G in closed form, so that nothing canc
 import torch
 from torch import Tensor
 
-from inrun.update.base import Moved, Update, register
+from inrun.update.base import Mix, Moved, Update, register_update
 
 
-@register(torch.optim.Adam, torch.optim.AdamW)
+@register_update(torch.optim.Adam, torch.optim.AdamW)
 class AdamUpdate(Update):
     """torch.optim.Adam and AdamW with amsgrad, coupled or decoupled decay, maximize; fused and foreach alike."""
 
@@ -41,6 +41,21 @@ class AdamUpdate(Update):
         chord = turn.neg_().add_(step.sign * (1 - step.beta1) * (b - a)).mul_(step.rate).div_(r_b.add_(step.eps))
         return chord.masked_fill_(moved.gradient == 0, 0.0)
 
+    def mix(self, moved: Moved) -> Mix:
+        step = _Step(moved, decay=True)
+        root = step.root(step.square(step.gradient(1.0)))
+        return Mix(
+            scale=step.rate / root.add_(step.eps),
+            keep=step.beta1,
+            take=1 - step.beta1,
+            through=1.0,
+            direct=0.0,
+            sign=step.sign,
+            before=moved.state.get("exp_avg"),
+            decay=step.pull,
+            pull=step.lr * step.weight_decay * moved.weight if step.decoupled else None,
+        )
+
 
 def _share_above(floor: Tensor, low: Tensor, high: Tensor) -> Tensor:
     """Which part of the way from `low` to `high` lies above the floor, below which amsgrad's maximum stands still."""
@@ -61,7 +76,7 @@ class _Step:
         self.bias2 = 1 - self.beta2**t
         self.sign = -1.0 if group["maximize"] else 1.0
         coupled = decay and self.weight_decay != 0 and not self.decoupled
-        self._moved, self._pull = moved, self.weight_decay * moved.weight if coupled else None
+        self._moved, self.pull = moved, self.weight_decay * moved.weight if coupled else None
         self._mean, self._square = state.get("exp_avg"), state.get("exp_avg_sq")
         self.floor: Tensor | None = None
         if group["amsgrad"]:
@@ -70,7 +85,7 @@ class _Step:
     def gradient(self, s: float) -> Tensor:
         """g(s): what the moments take in."""
         g = self._moved.gradient * (s * self.sign)
-        return g if self._pull is None else g.add_(self._pull)
+        return g if self.pull is None else g.add_(self.pull)
 
     def mean(self, g: Tensor) -> Tensor:
         """m(s), of g(s)."""

@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from inrun.update.base import Moved, Update, register
+from inrun.update.base import Mix, Moved, Update, register_update
 
 
-@register(torch.optim.SGD)
+@register_update(torch.optim.SGD)
 class SGDUpdate(Update):
     """torch.optim.SGD with momentum, dampening, Nesterov, weight decay and maximize."""
 
@@ -31,3 +31,18 @@ class SGDUpdate(Update):
             share = 1.0 if moved.state.get("momentum_buffer") is None else 1 - group["dampening"]
             rate *= 1 + group["momentum"] * share if group["nesterov"] else share
         return torch.full_like(moved.gradient, -rate if group["maximize"] else rate)
+
+    def mix(self, moved: Moved) -> Mix:
+        group, before = moved.group, moved.state.get("momentum_buffer")
+        momentum, decay = group["momentum"], group["weight_decay"]
+        return Mix(
+            scale=float(group["lr"]),
+            keep=momentum,
+            take=1.0 if before is None else 1 - group["dampening"],
+            through=0.0 if momentum == 0 else momentum if group["nesterov"] else 1.0,
+            direct=1.0 if momentum == 0 or group["nesterov"] else 0.0,
+            sign=-1.0 if group["maximize"] else 1.0,
+            before=before if momentum != 0 else None,
+            decay=decay * moved.weight if decay != 0 else None,
+            pull=None,
+        )

@@ -1,0 +1,145 @@
+"""From what a step's batches captured to the step's values: directions, contraction, books."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from inrun.books import Audit, Group, check_conservation, losses_without_data
+from inrun.direction import Moves, Scheme
+from inrun.errors import NonFiniteError
+from inrun.game import Game, play
+from inrun.gradient import Received
+from inrun.probe import Unit
+from inrun.step import Id, Microbatch, Step
+from inrun.tangent.contraction import contract
+from inrun.tangent.per_example import per_example_gradients
+from inrun.target import Target
+
+
+@dataclass
+class Valued:
+    """A step's values, and what its rows of the ledger's steps table say so far, by target."""
+
+    step: Step
+    rows: dict[str, dict[str, Any]] = field(default_factory=dict)
+    losses: dict[str, list[float]] = field(default_factory=dict)  # before, after momentum, at w + D(0); if audited
+    games: dict[str, Game] = field(default_factory=dict)
+
+
+def train_loss(pending: Sequence[Microbatch]) -> float | None:
+    """The sum of the losses that the batches reported; None if one did not."""
+    reported = [microbatch.loss for microbatch in pending]
+    if any(loss is None for loss in reported):
+        return None
+    return sum(float(loss) for loss in reported if loss is not None)
+
+
+def contributions(
+    pending: Sequence[Microbatch], scales: Mapping[nn.Parameter, Tensor] | None
+) -> dict[nn.Parameter, Tensor]:
+    """g_i of every example of the step, as the optimizer receives it: [examples, *shape] by parameter."""
+    parts = [per_example_gradients(microbatch.captured) for microbatch in pending]
+    found = {}
+    for p in dict.fromkeys(p for part in parts for p in part):
+        whole = [
+            part[p] if p in part else p.new_zeros(microbatch.captured.examples, *p.shape)
+            for part, microbatch in zip(parts, pending, strict=True)
+        ]
+        found[p] = torch.cat(whole)
+        if scales is not None:
+            found[p] *= scales[p]
+    return found
+
+
+class Account:
+    """The value of an example is its effect in the step that used it; old momentum has an account of its own."""
+
+    def __init__(self, targets: Sequence[Target], scheme: Scheme, groups: Sequence[Group]) -> None:
+        self._targets, self._scheme, self._groups = targets, scheme, groups
+        self._group_of: dict[Unit, int] = {unit: k for k, group in enumerate(groups) for unit in group.units}
+
+    def value(
+        self,
+        step: int,
+        pending: Sequence[Microbatch],
+        moves: Moves,
+        received: Received,
+        audited: bool,
+        permutations: int,
+        seed: int,
+    ) -> Valued:
+        """The values of the step that the optimizers are about to take. Changes nothing.
+
+        Args:
+            audited: measure the target's loss along the step without data, for the books.
+            permutations: play the step's game, by this many orders where it is large; 0: do not.
+
+        Raises:
+            NonFiniteError: a value is not finite. ConservationError: the books do not balance.
+        """
+        ids: list[Id] = [i for microbatch in pending for i in microbatch.ids]
+        valued = Valued(Step(step, ids, {}, {}, train_loss(pending)))
+        if audited:
+            valued.losses = losses_without_data(self._targets, step, moves)
+        found = self._scheme.directions(self._targets, step, moves)
+        scales = received.scales(moves)
+        device = next(iter(moves.values())).gradient.device
+        for name, direction in found.items():
+            # g_i as the optimizer receives it is scale * (g_i as backward made it); the scale goes over to q
+            q = direction.q if scales is None else {p: towards * scales[p] for p, towards in direction.q.items()}
+            seen, size = torch.zeros(2, len(self._groups), dtype=torch.float64, device=device)
+            parts = [contract(m.captured, q, self._group_of, seen, size) for m in pending]
+            values = torch.cat(parts).cpu()
+            if not bool(values.isfinite().all()):
+                raise NonFiniteError(f"a value for target {name!r} is not finite")
+            where = f"step {step}, target {name!r}"
+            conservation = check_conservation(self._groups, seen, size, received.raw, q, where)
+            valued.step.values[name], valued.step.losses[name] = values, direction.loss
+            valued.rows[name] = {
+                "loss": direction.loss,
+                "value": float(values.sum()),
+                "conservation": conservation,
+                "target_gradients": direction.target_gradients,
+            }
+        if permutations:
+            g = contributions(pending, scales)
+            valued.games = play(g, moves, self._targets, step, valued.step.values, permutations, seed)
+            for name, game in valued.games.items():
+                valued.rows[name] |= game.row()
+        return valued
+
+    def finished(self, valued: Valued, row: Mapping[str, Any]) -> list[Valued]:
+        """The steps that are final now that the optimizers have taken this one, their rows complete."""
+        step = valued.step
+        for target in self._targets:
+            found = valued.rows.setdefault(target.name, {})
+            found |= {
+                "step": step.step,
+                "target": target.name,
+                "examples": len(step.ids),
+                "skipped": step.skipped,
+                **row,
+            }
+            if target.name in valued.losses:
+                before, after_momentum, after_zero = valued.losses[target.name]
+                after = target.loss(step.step)
+                found |= Audit(before, after_momentum, after_zero, after).row(found["value"])
+        return [valued]
+
+    def close(self) -> list[Valued]:
+        """No step waits."""
+        return []
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing must be kept from one step for the next."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """See `state_dict`."""
+
+    def first_waiting(self, step: int) -> int:
+        """The first step whose values are not final, of a run that has done `step` steps."""
+        return step + 1
