@@ -181,3 +181,20 @@ def test_half_written_checkpoints_are_passed_over(tmp_path: Path) -> None:
     found = last_checkpoint(tmp_path)
     assert found is not None
     assert found.name == "checkpoint-100"
+
+
+def test_a_resumed_trainer_goes_on_paying_credit(tmp_path: Path) -> None:
+    """The contributions whose momentum lives are in the checkpoint: the ledger is that of an uninterrupted run."""
+
+    def attached(folder: Path, run: Path, **arguments: Any) -> Trainer:
+        trainer = trainer_of(folder, Texts(20), max_steps=20, adam_beta1=0.5, lr_scheduler_type="constant", **arguments)
+        attach(trainer, {"t": Texts(4, seed=8)}, ledger=run, momentum="credit", audit_every=5)
+        return trainer
+
+    attached(tmp_path / "whole", tmp_path / "run-whole").train()
+    attached(tmp_path / "part", tmp_path / "run", save_strategy="steps", save_steps=17).train()
+    attached(tmp_path / "part", tmp_path / "run").train(resume_from_checkpoint=str(tmp_path / "part" / "checkpoint-17"))
+    whole, resumed = Ledger(tmp_path / "run-whole"), Ledger(tmp_path / "run")
+    assert resumed.scan().collect().equals(whole.scan().collect())
+    assert resumed.steps("t").equals(whole.steps("t"))
+    assert whole.scan().collect()["step"].n_unique() == 20

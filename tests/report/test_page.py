@@ -46,15 +46,27 @@ def write_ledger(
                     "train_loss": 6.0 / step,
                     "value": total,
                     "conservation": 1e-9,
+                    "target_gradients": 3 if step % 2 and name == targets[0] else 1,
                 }
                 if step == skip:
                     row |= {"loss": float("nan"), "value": None, "skipped": True, "conservation": None}
+                    row |= {"target_gradients": None}
                 elif audit and step % audit == 0:
                     row |= {"loss_before": 2.0, "loss_after": 2.0 - total - 0.25, "momentum": 0.125}
                     row |= {"decay": 0.0625, "unexplained": 0.0625}
                 rows.append(row)
             writer.book(step, [f"e{one}" for one in used], {} if step == skip else values, rows)
     return folder
+
+
+def play_games(folder: Path, *errors: float | None) -> None:
+    """A ledger whose every step's game was played for the first target, with these errors; noise from the third on."""
+    with LedgerWriter(folder, {**RUN, "targets": TARGETS}) as writer:
+        for step, error in enumerate(errors, start=1):
+            spearman = None if step == 1 else 1.0 - step / 8
+            row = {"target": "math", "game_error": error, "game_rmse": step / 1e4, "game_spearman": spearman}
+            row |= {"game_noise": step / 1e5 if step > 2 else 0.0}
+            writer.book(step, ["a"], {"math": np.ones(1)}, [row, {"target": TARGETS[1]}])
 
 
 def add_examples(folder: Path) -> None:
@@ -189,6 +201,54 @@ def test_the_books_add_up_over_the_audited_steps(folder: Path) -> None:
         assert row["unexplained_share"] == pytest.approx(0.0625 * 6 / row["drop"])
     assert books["skipped"] == [7]
     assert books["conservation"]["conservation"] == 1e-9
+
+
+def test_the_games_are_summed_up_by_target(tmp_path: Path) -> None:
+    play_games(tmp_path, 2.0, 0.5, 0.25, 0.0, float("nan"))
+    games = page.books(Ledger(tmp_path).steps())["games"]
+    assert games == [
+        {
+            "target": "math",
+            "games": 4,
+            "in_full": 2,
+            "error": pytest.approx(0.375),
+            "rmse": pytest.approx(2.5e-4),
+            "spearman": pytest.approx(5 / 8),
+            "noise": pytest.approx(4e-5),
+        }
+    ]
+    shown = Page(write_report(tmp_path))
+    assert "Against the real game of a step" in shown.text
+    assert re.search(r"math ?4 ?2 ?0\.38 ?0\.00025 ?0\.625 ?4e-05", shown.text)
+    (trace,) = shown.figures["error-plot"]["data"]
+    assert trace["name"] == "math"
+    assert trace["x"] == [1, 2, 3]  # no zero on a logarithmic scale
+    assert trace["y"] == [2.0, 0.5, 0.25]
+    assert shown.figures["error-plot"]["layout"]["yaxis"]["type"] == "log"
+
+
+def test_games_without_error_or_order_are_shown_too(tmp_path: Path) -> None:
+    play_games(tmp_path, 0.0)
+    shown = Page(write_report(tmp_path))
+    assert re.search(r"math ?1 ?1 ?0 ?0\.0001 ?\u2013 ?0", shown.text)
+    assert "error-plot" not in shown.figures
+
+
+def test_the_target_gradients_of_a_step_are_told(folder: Path, shown: Page) -> None:
+    steps = Ledger(folder).steps("math")
+    mean = steps["target_gradients"].sum() / 59  # of 60 steps, one was skipped
+    assert f"took, on average, 1 for code & <b>co</b>, {mean:.3g} for math." in shown.text
+    assert "real game" not in shown.text  # none was played
+
+
+def test_a_ledger_without_the_columns_of_today_has_a_page(tmp_path: Path) -> None:
+    write_ledger(tmp_path, steps=3)
+    for path in (tmp_path / "steps").iterdir():
+        later = [name for name in pl.read_parquet(path).columns if name.startswith(("game_", "target_"))]
+        pl.read_parquet(path).drop(later).write_parquet(path)
+    shown = Page(write_report(tmp_path))
+    assert "real game" not in shown.text
+    assert "Target gradients" not in shown.text
 
 
 def test_a_poor_run_leaves_out_what_it_has_not_and_says_why(tmp_path: Path) -> None:

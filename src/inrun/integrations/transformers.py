@@ -11,6 +11,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
@@ -22,6 +23,8 @@ from inrun.errors import InrunError
 from inrun.target import Loss, preserved_random_state
 
 MARK = "inrun.json"
+STATE = "inrun.safetensors"
+_TENSOR = "tensor in inrun.safetensors"
 
 
 def model_loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
@@ -98,7 +101,7 @@ class InrunCallback(TrainerCallback):
         targets = {name: self._batches(name, given) for name, given in self._targets.items()}
         self.attributor = Attributor(trainer.model, optimizer, targets, resume=resume, **self._settings)
         if resume:
-            self.attributor.load_state_dict({"step": state.global_step})
+            self.attributor.load_state_dict(_stored_state(_checkpoint(args, state), state.global_step))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         # the ledger must not be behind the checkpoint that is about to be written
@@ -109,10 +112,16 @@ class InrunCallback(TrainerCallback):
         self.on_step_end(args, state, control)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Mark the checkpoint as whole: a killed process may leave one half-written."""
-        folder = Path(args.output_dir or ".") / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        """Put the attributor's state into the checkpoint, and mark it as whole: a killed process may leave half."""
+        folder = _checkpoint(args, state)
+        tensors: list[Tensor] = []
+        mark = {"step": state.global_step}
+        if self.attributor is not None and self.attributor.step == state.global_step:
+            mark = _without_tensors(self.attributor.state_dict(), tensors)
+        if tensors:
+            save_file({str(k): x.contiguous() for k, x in enumerate(tensors)}, folder / STATE)
         temporary = folder / f".{MARK}"
-        temporary.write_text(json.dumps({"step": state.global_step}))
+        temporary.write_text(json.dumps(mark))
         os.replace(temporary, folder / MARK)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -176,6 +185,38 @@ class _CollateIds:
         batch = self._collate([{k: v for k, v in example.items() if k != column} for example in examples])
         batch[column] = [i.item() if isinstance(i, Tensor) else i for i in ids]
         return batch
+
+
+def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
+    return Path(args.output_dir or ".") / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+
+
+def _without_tensors(state: Any, tensors: list[Tensor]) -> Any:
+    """The state as JSON holds it, its tensors moved to the list."""
+    if isinstance(state, Tensor):
+        tensors.append(state)
+        return {_TENSOR: len(tensors) - 1}
+    if isinstance(state, Mapping):
+        return {key: _without_tensors(value, tensors) for key, value in state.items()}
+    return [_without_tensors(value, tensors) for value in state] if isinstance(state, list) else state
+
+
+def _with_tensors(state: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """The counterpart of `_without_tensors`."""
+    if isinstance(state, dict):
+        if state.keys() == {_TENSOR}:
+            return tensors[str(state[_TENSOR])]
+        return {key: _with_tensors(value, tensors) for key, value in state.items()}
+    return [_with_tensors(value, tensors) for value in state] if isinstance(state, list) else state
+
+
+def _stored_state(folder: Path, step: int) -> dict[str, Any]:
+    """The attributor's state of a checkpoint; its step alone where the checkpoint lies elsewhere, or has none."""
+    if not (folder / MARK).exists():
+        return {"step": step}
+    tensors = load_file(folder / STATE) if (folder / STATE).exists() else {}
+    found: dict[str, Any] = _with_tensors(json.loads((folder / MARK).read_text()), tensors)
+    return found
 
 
 def last_checkpoint(folder: str | PathLike[str]) -> Path | None:

@@ -16,8 +16,8 @@ CONFIG = "config.json"
 
 _MOST = 2**31 - 1
 _RANGES: dict[str, tuple[float, float]] = {
-    **dict.fromkeys(("target_examples", "target_batch", "batch", "accumulation", "steps", "nodes"), (1, _MOST)),
-    **dict.fromkeys(("warmup_steps", "audit_every"), (0, _MOST)),
+    **dict.fromkeys(("target_examples", "target_batch", "batch", "accumulation", "steps", "max_nodes"), (1, _MOST)),
+    **dict.fromkeys(("warmup_steps", "audit_every", "audit_permutations"), (0, _MOST)),
     **dict.fromkeys(("learning_rate", "min_learning_rate", "weight_decay", "clip"), (0, sys.float_info.max)),
     "save_every": (1, _MOST),
     "sequence": (2, _MOST),
@@ -89,12 +89,23 @@ class Train:
     clip: float | None = None
     """The norm that the gradient is clipped to; 0 for no clipping."""
 
-    scheme: Literal["path", "first"] = "path"
-    """How a value is computed: along the optimizer's move, or the paper's first order."""
-    nodes: int = 1
-    """Points of the path at which the target's gradient is taken."""
+    scheme: Literal["path", "first", "second"] = "path"
+    """How a value is computed: along the optimizer's move, or by the paper's first or second order."""
+    nodes: int | Literal["adaptive"] = 1
+    """Points of the path at which the target's gradient is taken; or as many as the step's measured drop asks for."""
+    rule: Literal["midpoint", "gauss"] = "midpoint"
+    """Where the nodes lie."""
+    tolerance: float = 0.02
+    """For adaptive nodes: the share of the drop that the values may miss."""
+    max_nodes: int = 9
+    """For adaptive nodes: the most of them."""
+    momentum: Literal["account", "credit"] = "account"
+    """Whether what old momentum does has an account of its own, or is paid to the examples it came from."""
     audit_every: int = 50
     """Steps between audits of the books; 0 for none."""
+    audit_permutations: int = 0
+    """On audited steps, random orders of the examples by which the step's real game is played (in full up to 12
+    examples); 0 for none. A game takes hundreds of losses of every target."""
     nonfinite: Literal["stop", "skip"] = "stop"
     """What a step does whose gradient or target loss is not finite."""
     seed: int = 0

@@ -18,8 +18,7 @@ class ProgressCallback(TrainerCallback):
 
     def __init__(self, attached: InrunCallback, console: Console) -> None:
         self._attached, self._console = attached, console
-        self._loss = self._booked = 0.0
-        self._begun_at, self._begun, self._said = 0, 0.0, 0.0
+        self._begun_at, self._begun, self._said, self._loss = 0, 0.0, 0.0, 0.0
         self._bar = Progress(
             # never wrapped, so that a narrow terminal takes room from the bar and not from the count
             TextColumn("step {task.completed}/{task.total}"),
@@ -38,16 +37,15 @@ class ProgressCallback(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         attributor = self._attached.attributor
-        if attributor is None or attributor.last is None:
+        if attributor is None:
             return
         done = state.global_step - self._begun_at
         share = 0.05 if done > 20 else 1 / max(done, 1)
-        self._loss += share * ((attributor.last.train_loss or 0.0) - self._loss)
-        self._booked += sum(float(values.sum()) for values in attributor.last.values.values())
+        self._loss += share * ((attributor.train_loss or 0.0) - self._loss)
         now = time.monotonic()
         rate = done / (now - self._begun)
         left = (state.max_steps - state.global_step) / rate
-        text = f"loss {self._loss:.3f}  values {self._booked:+.3f} nats  {rate:.2f} steps/s  {clock(left)} left"
+        text = f"loss {self._loss:.3f}  values {attributor.total:+.3f} nats  {rate:.2f} steps/s  {clock(left)} left"
         if self._console.is_terminal:
             self._bar.update(self._task, completed=state.global_step, description=text)
         elif now - self._said >= LINE_EVERY or state.global_step == state.max_steps:

@@ -23,6 +23,7 @@ from rich.console import Console
 from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, PrinterCallback, Trainer, TrainingArguments
 
+from inrun.direction import scheme_of
 from inrun.errors import InrunError
 from inrun.integrations.transformers import attach, last_checkpoint
 from inrun.ledger import LedgerError, write_examples
@@ -140,7 +141,12 @@ def _train(
         resume=True,  # the folder was found to be this run's, or new, by _begin
         scheme=config.scheme,
         nodes=config.nodes,
+        rule=config.rule,
+        tolerance=config.tolerance,
+        max_nodes=config.max_nodes,
+        momentum=config.momentum,
         audit_every=config.audit_every,
+        audit_permutations=config.audit_permutations,
         nonfinite=config.nonfinite,
     )
     progress = ProgressCallback(attached, console)
@@ -175,6 +181,9 @@ def _begin(config: Train) -> tuple[Train, bool]:
     if config.steps is not None and config.epochs is not None:
         raise ConfigError("--steps and --epochs were both given: give one of them.")
     config.check_numbers()
+    scheme_of(config.scheme, config.nodes, config.rule, config.tolerance, config.max_nodes)
+    if config.momentum == "credit" and (config.audit_permutations or config.nonfinite == "skip"):
+        raise ConfigError("--momentum credit goes with neither --audit-permutations nor --nonfinite skip.")
     _target_files(config)
     config.store()
     return config, fresh

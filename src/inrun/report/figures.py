@@ -46,26 +46,45 @@ def loss_figure(steps: pl.DataFrame, targets: Sequence[str]) -> tuple[Figure, in
 
     `steps` has the ledger's columns step, target, loss and train_loss.
     """
-    curves = [("training", steps.group_by("step").agg(pl.col("train_loss").first().alias("y")))]
-    curves += [(name, steps.filter(target=name).select("step", y="loss")) for name in targets]
+    training = steps.group_by("step").agg(pl.col("train_loss").first().alias("y"))
+    figure, hover = Figure(), "step %{x:.0f}<br>%{y:.4f} nats"
+    widest = _curve(figure, training, "training loss", {"color": ZERO, "width": 1, "dash": "dot"}, hover)
+    for position, name in enumerate(targets):
+        curve = steps.filter(target=name).select("step", y="loss")
+        widest = max(widest, _curve(figure, curve, label(name), _line(position), hover))
+    return _finish(figure, x="training step", y="loss (nats)", height=380), widest
+
+
+def error_figure(steps: pl.DataFrame, targets: Sequence[str]) -> tuple[Figure, int]:
+    """The relative error of the values against each step's real game, by target, on a logarithmic scale; and the number
+    of games a point is the mean of.
+
+    `steps` has the ledger's columns step, target and game_error.
+    """
     figure, widest = Figure(), 1
-    for position, (name, curve) in enumerate(curves):
-        points, window = thin(curve)
-        if not points.height:
-            continue
+    for position, name in enumerate(targets):
+        curve = steps.filter((pl.col("target") == name) & (pl.col("game_error") > 0)).select("step", y="game_error")
+        window = _curve(figure, curve, label(name), _line(position), "step %{x:.0f}<br>relative error %{y:.3g}")
         widest = max(widest, window)
-        training = position == 0
+    _finish(figure, x="training step", y="relative error (log scale)", height=260)
+    return figure.update_yaxes(type="log"), widest
+
+
+def _curve(figure: Figure, curve: pl.DataFrame, name: str, line: dict[str, object], hover: str) -> int:
+    """Add a curve (columns step and y) to the figure, thinned; and how many rows each point is the mean of."""
+    points, window = thin(curve)
+    if points.height:
         figure.add_trace(
             Scatter(
                 x=points["step"].to_list(),
                 y=points["y"].to_list(),
-                name="training loss" if training else label(name),
+                name=name,
                 mode="lines" if points.height > 1 else "markers",
-                line=_line(position - 1) if not training else {"color": "#8c8c8c", "width": 1, "dash": "dot"},
-                hovertemplate="step %{x:.0f}<br>%{y:.4f} nats",
+                line=line,
+                hovertemplate=hover,
             )
         )
-    return _finish(figure, x="training step", y="loss (nats)", height=380), widest
+    return window
 
 
 def heat_rows(by: pl.DataFrame, column: str, targets: Sequence[str]) -> pl.DataFrame:

@@ -70,6 +70,7 @@ def render(ledger: Ledger, name: str, group: str | None = None) -> str:
         has_examples=ledger.examples() is not None,
         summary=summary,
         loss=figures.loss_figure(steps, targets),
+        errors=figures.error_figure(steps, targets),
         **_by_group(ledger, chosen, targets),
         tables=_examples(ledger, chosen, {row["target"]: row["examples"] for row in summary}),
         text=text_column(ledger),
@@ -95,10 +96,10 @@ def facts(run: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def books(steps: pl.DataFrame) -> dict[str, Any]:
-    """The accounts of the audited steps per target, the largest conservation error and the steps skipped.
+    """Per target the accounts of the audited steps and the games; the largest conservation error; the steps skipped.
 
     Per target: audited (steps), drop, value, momentum, decay, unexplained (nats, summed over the audited
-    steps) and unexplained_share (of |drop|; None where the drop is zero).
+    steps) and unexplained_share (of |drop|; None where the drop is zero); of the games, see `_games`.
     """
     audited = steps.filter(pl.col("loss_before").is_finite() & pl.col("loss_after").is_finite())
     accounts = audited.group_by("target").agg(
@@ -114,10 +115,33 @@ def books(steps: pl.DataFrame) -> dict[str, Any]:
     skipped = steps.filter("skipped")["step"].unique().sort().to_list()
     return {
         "rows": sorted(rows, key=lambda row: str(row["target"])),
+        "games": _games(steps),
+        "gradients": _by_target(steps, pl.col("target_gradients").mean().alias("mean")),
         "conservation": worst.row(0, named=True) if worst.height else None,
         "skipped": skipped,
         "steps": steps["step"].n_unique(),
     }
+
+
+def _games(steps: pl.DataFrame) -> list[dict[str, Any]]:
+    """Per target: games, in_full (those played in full), error, rmse (nats), spearman (medians), noise (largest, nats).
+
+    A game with a loss that was not finite is left out.
+    """
+    played = steps.filter(pl.col("game_error").is_not_nan())
+    return _by_target(
+        played,
+        pl.len().alias("games"),
+        (pl.col("game_noise") == 0).sum().alias("in_full"),
+        *[pl.col(f"game_{name}").median().alias(name) for name in ("error", "rmse", "spearman")],
+        pl.col("game_noise").max().alias("noise"),
+    )
+
+
+def _by_target(steps: pl.DataFrame, *columns: pl.Expr) -> list[dict[str, Any]]:
+    """A row per target with these columns, those with nothing in the first left out."""
+    found = steps.group_by("target").agg(*columns).sort("target")
+    return found.filter(pl.nth(1).is_not_null()).to_dicts()
 
 
 def share(part: float | None) -> str:
