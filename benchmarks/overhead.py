@@ -62,7 +62,7 @@ def plain(targets: int = 0) -> Callable[[int], None]:
     return step
 
 
-def attributed(scheme: str, targets: int = 1, nodes: int = 1) -> Callable[[int], None]:
+def attributed(scheme: str, targets: int = 1, nodes: int | str = 1) -> Callable[[int], None]:
     model = build()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     batches = {f"target-{k}": tokens(1, 1000 + k) for k in range(targets)}
@@ -81,7 +81,9 @@ VARIANTS: dict[str, Callable[[], Callable[[int], None]]] = {
     "plain": plain,
     "plain + 1 target pass": lambda: plain(1),
     "first, 1 target": lambda: attributed("first"),
+    "second, 1 target": lambda: attributed("second"),
     "path, 1 target": lambda: attributed("path"),
+    "path, adaptive, 1 target": lambda: attributed("path", nodes="adaptive"),
     "path, 3 nodes, 1 target": lambda: attributed("path", nodes=3),
     "plain + 3 target passes": lambda: plain(3),
     "path, 3 targets": lambda: attributed("path", targets=3),

@@ -193,7 +193,8 @@ class Attributor:
         if self._waiting is not None:
             raise InrunError(
                 f"{len(self._waiting.remaining)} of {len(self.optimizers)} optimizers have not stepped since the last "
-                "batch: step all that the Attributor was given before the next."
+                "batch: step all that the Attributor was given before the next, or call discard() if its gradients were "
+                "dropped."
             )
         if self._pending:
             self._received.check_untouched()
@@ -260,9 +261,11 @@ class Attributor:
     def close(self) -> None:
         """Detach, and write what is booked. Raises InrunError if a batch still waits for its step."""
         self.detach()
-        self._book(self._account.close())
-        if self._ledger is not None:
-            self._ledger.close()
+        try:
+            self._book(self._account.close())
+        finally:
+            if self._ledger is not None:
+                self._ledger.close()
         if self._pending:
             waiting, self._pending = len(self._pending), []
             raise InrunError(
@@ -293,8 +296,8 @@ class Attributor:
                 "optimizer.step() without a `batch` before it: wrap the forward and backward passes in `with "
                 "attributor.batch(ids=...)`, or detach() to train on unattributed."
             )
-        if self._waiting is None:  # the first of the optimizers to step: all gradients are there, no weight has moved
-            self._waiting = self._evaluate()
+        if self._waiting is None or len(self._waiting.remaining) == len(self.optimizers):
+            self._waiting = self._evaluate()  # the first to step: all gradients are there, and no weight has moved
         elif optimizer not in self._waiting.remaining:
             raise InrunError(
                 f"{type(optimizer).__name__}.step() was called twice for one batch, while another of the Attributor's "

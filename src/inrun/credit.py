@@ -159,8 +159,7 @@ class Credit:
             )
         ids: list[Id] = [i for microbatch in pending for i in microbatch.ids]
         valued = Valued(Step(step, ids, {}, {}, train_loss(pending)))
-        if audited:
-            self._before = {target.name: target.loss(step) for target in self._targets}
+        self._before = {target.name: target.loss(step) for target in self._targets} if audited else {}
         g = contributions(pending, received.scales(moves))
         conservation = check_contributions(self._groups, g, moves, f"step {step}")
         mixes = {p: moved.update.mix(moved) for p, moved in moves.items()}
@@ -234,9 +233,12 @@ class Credit:
 
     def _settle(self, block: _Block) -> list[Valued]:
         final = block.settle(self._of)
+        self._drop(block)
+        return final
+
+    def _drop(self, block: _Block) -> None:
         for past in block.steps:
             self._scratch.drop(past.kept)
-        return final
 
     def _not_of_examples(self, name: str, mix: Mix) -> tuple[Tensor, Tensor]:
         """What of the way back, -D, is made by momentum from before the first step, and by weight decay."""
@@ -268,24 +270,31 @@ class Credit:
             "decayed": dict(self._decayed),
             "known": sorted(self._known),
             "blocks": [
-                {"reach": block.reach, "tail": block.tail, "steps": [_stored(past) for past in block.steps]}
+                {
+                    "reach": dict(block.reach),
+                    "tail": {target: {n: x.clone() for n, x in of.items()} for target, of in block.tail.items()},
+                    "steps": [_stored(past) for past in block.steps],
+                }
                 for block in self._blocks
             ],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Wait for what another run's `state_dict` waited for."""
+        if state["step"] == 0:
+            state = _NOTHING
         if "blocks" not in state:
             raise InrunError(
                 "this checkpoint does not hold the contributions that momentum='credit' must go on with: it was taken "
                 "under momentum='account', or its state_dict() was not stored whole."
             )
-        self.close()
+        for block in self._blocks:
+            self._drop(block)
         self._old, self._decayed, self._known = dict(state["old"]), dict(state["decayed"]), set(state["known"])
         self._blocks = [
             _Block([self._restored(past) for past in block["steps"]], block["tail"], block["reach"])
             for block in state["blocks"]
-        ]
+        ] or [_Block()]
 
     def first_waiting(self, step: int) -> int:
         """The first step whose values are not final, of a run that has done `step` steps."""
@@ -302,6 +311,7 @@ class Credit:
 _SGD = SGDUpdate()
 _STRAIGHT = {"lr": 1.0, "momentum": 0.0, "dampening": 0.0, "nesterov": False, "weight_decay": 0.0, "maximize": False}
 _ZERO = torch.zeros(())
+_NOTHING: dict[str, Any] = {"old": {}, "decayed": {}, "known": [], "blocks": []}
 
 
 def _stored(past: _Past) -> dict[str, Any]:

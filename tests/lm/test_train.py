@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 import pytest
@@ -249,3 +250,35 @@ def test_a_closed_pipe_ends_a_run_with_a_word_on_how_to_go_on(corpus: Path, tmp_
     assert process.returncode == 141
     assert "go on with: inrun train" in told
     assert "Traceback" not in told
+
+
+def test_a_run_that_pays_credit_goes_on_from_its_checkpoint(corpus: Path, tmp_path: Path) -> None:
+    """Broken off after a checkpoint and resumed, its ledger is that of the run in one piece."""
+    config = replace(small(corpus, tmp_path / "run"), momentum="credit")
+    train(config, Console(quiet=True))
+    whole = Ledger(config.out).scan().collect(), Ledger(config.out).steps()
+    assert whole[0]["step"].n_unique() == 6
+    shutil.rmtree(config.out / "checkpoints" / "checkpoint-6")
+    shutil.rmtree(config.out / "model")
+    train(replace(config, resume=True), Console(quiet=True))
+    resumed = Ledger(config.out).scan().collect(), Ledger(config.out).steps()
+    assert resumed[0].equals(whole[0])
+    assert resumed[1].equals(whole[1])
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"nodes": 0}, "nodes=0"),
+        ({"scheme": "second", "nodes": 3}, "takes no nodes"),
+        ({"nodes": "adaptive", "tolerance": 2.0}, "tolerance=2"),
+        ({"momentum": "credit", "audit_permutations": 9}, "--momentum credit goes with neither"),
+    ],
+)
+def test_schemes_that_do_not_exist_are_refused_before_anything_is_written(
+    corpus: Path, tmp_path: Path, changes: dict[str, Any], says: str
+) -> None:
+    config = replace(small(corpus, tmp_path / "run"), **changes)
+    with pytest.raises(InrunError, match=says):
+        train(config, Console(quiet=True))
+    assert held_already(config.out) is None
