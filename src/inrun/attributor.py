@@ -9,6 +9,7 @@ One step, from batch to ledger:
                                                 ledger/: step, id, target, value
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -35,6 +36,9 @@ from inrun.step import Microbatch, Step, as_ids
 from inrun.target import DOUBLE_BACKWARD, Evaluation, Loss, Target
 from inrun.update import Moved, check_move, update_of
 from inrun.valuation import Account, Valued, train_loss
+
+LARGEST = 1e19  # of a gradient: its square is no number of float32 any more
+_CHECKS = 100  # steps at most until one is long enough to hold the displacement against it; in bfloat16 few are
 
 
 class Attributor:
@@ -144,7 +148,7 @@ class Attributor:
         self._id_type: type[int] | type[str] | None = None
         self._waiting: _Waiting | None = None
         self._games: dict[str, Game] = {}
-        self._move_checked = False
+        self._checks_left = _CHECKS
         self._ledger: LedgerWriter | None = None
         if ledger is not None:
             run = describe(
@@ -222,7 +226,9 @@ class Attributor:
     def _audit(self, permutations: int, seed: int) -> dict[str, Game]:
         if self._open or self._waiting is not None or not self._pending:
             raise InrunError("audit() looks at a step before it is taken: call it between the `batch` and its step().")
-        valued = self._value(self.step + 1, self._moves(), False, permutations, seed)
+        moves = self._moves()
+        self._check_finite(moves, _Waiting(set()))
+        valued = self._value(self.step + 1, moves, False, permutations, seed)
         self._games = valued.games
         return self._games
 
@@ -348,7 +354,8 @@ class Attributor:
             waiting.norms.clear()
             waiting.valued = Valued(Step(step, ids, {}, {}, train_loss(self._pending), skipped=True))
             return waiting
-        if audited or not self._move_checked:
+        if audited or self._checks_left:
+            self._checks_left = max(self._checks_left - 1, 0)
             waiting.before = {p: p.detach().clone() for p in moves}
             waiting.expected = displacements(moves, 1.0)
         return waiting
@@ -360,8 +367,11 @@ class Attributor:
             gradients = [moved.gradient for p, moved in moves.items() if p in mine]
             if gradients:
                 norms = torch.stack(torch._foreach_norm(gradients))
-                if not bool(norms.isfinite().all()) and not all(bool(g.isfinite().all()) for g in gradients):
-                    raise NonFiniteError("the gradient is not finite")
+                if not bool(norms.isfinite().all()):
+                    largest = float(torch.stack([g.abs().max().double() for g in gradients if g.numel()]).max())
+                    if not largest < LARGEST:
+                        size = f"as large as {largest:.0e}, which overflows when squared"
+                        raise NonFiniteError(f"the gradient is {size if math.isfinite(largest) else 'not finite'}")
                 if not any(group.get("nesterov") for group in optimizer.param_groups):
                     # torch's foreach SGD adds Nesterov's momentum into the gradient itself
                     waiting.norms[optimizer] = gradients, norms
@@ -396,7 +406,8 @@ class Attributor:
         eps = max((torch.finfo(rate.dtype).eps for rate in rates if isinstance(rate, Tensor)), default=0.0)
         for p, expected in waiting.expected.items():
             # a step of no length, as under a rate of zero, shows nothing
-            self._move_checked |= check_move(self._names[p], waiting.before[p], p.detach(), expected, eps)
+            if check_move(self._names[p], waiting.before[p], p.detach(), expected, eps):
+                self._checks_left = 0
         self.train_loss = valued.step.train_loss
         self.total += sum(one["value"] for one in valued.rows.values())
         row = {"learning_rate": max(map(float, rates)), "train_loss": valued.step.train_loss}

@@ -57,20 +57,19 @@ class Received:
         """
         if all(_same(moves[p].gradient if p in moves else None, self.raw.get(p)) for p in self._names):
             return None
-        scales, names, lows, highs, from_nothing = {}, [], [], [], []
+        scales, names, lows, highs, from_nothing = {}, {}, [], [], []
         rounding = _UNIFORM
         for p in self._names:
             raw, received = self.raw.get(p), moves[p].gradient if p in moves else None
             raw = torch.zeros_like(p) if raw is None else raw
             received = torch.zeros_like(p) if received is None else received
             made = raw != 0
-            factors = received / raw
-            scales[p] = factors.masked_fill(~made, 0)
+            scales[p] = factors = received / raw
             if not p.numel():
                 continue
             # a quotient of denormal numbers says nothing about the factor
             exact = raw.abs() > torch.finfo(raw.dtype).tiny / torch.finfo(raw.dtype).eps
-            names.append(self._names[p])
+            names[p] = self._names[p]
             lows.append(factors.masked_fill(~exact, math.inf).amin().double())
             highs.append(factors.masked_fill(~exact, -math.inf).amax().double())
             rounding = max(rounding, 4 * torch.finfo(raw.dtype).eps)
@@ -78,13 +77,18 @@ class Received:
         low, high = torch.stack(lows).tolist(), torch.stack(highs).tolist()
         least, most = min(low), max(high)
         uniform = most - least <= rounding * abs(most)
-        for name, new, smallest, largest in zip(names, torch.stack(from_nothing).tolist(), low, high, strict=True):
+        news = torch.stack(from_nothing).tolist()
+        for name, new, smallest, largest in zip(names.values(), news, low, high, strict=True):
             if new or smallest < 0 or (largest > 1 + rounding and not uniform):
                 raise InrunError(
                     f"{name}: between backward() and step() its gradient was changed by more than clipping or scaling, "
                     "so it no longer is the sum of the examples' contributions (noise was added, or a backward pass "
                     "ran outside of the `batch` block). Add such terms inside the loss, or in the optimizer."
                 )
+        for p, factor in zip(names, high, strict=True):
+            # where the examples cancel there is no quotient: what was done to the rest was done to them
+            known = [one for one in (factor, most) if math.isfinite(one)] or [1.0]
+            scales[p].nan_to_num_(known[0], math.inf, -math.inf)
         return scales
 
 

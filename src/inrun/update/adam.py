@@ -35,11 +35,13 @@ class AdamUpdate(Update):
         if step.floor is not None:
             rise.mul_(_share_above(step.floor, v_a, v_b))
         r_a, r_b = step.root(v_a), step.root(v_b)
+        # where G = 0 the chord is the quotient's limit, which a coordinate without a past does not have
+        undefined = (moved.gradient == 0) & (r_b == 0)
         # (r(b) - r(a)) / G; where both roots are zero the squares underflowed, and neither moves
         turn = rise.div_(r_a + r_b).nan_to_num_(0.0, 0.0, 0.0)
         turn.mul_(step.mean(g_a)).div_(r_a.add_(step.eps))
         chord = turn.neg_().add_(step.sign * (1 - step.beta1) * (b - a)).mul_(step.rate).div_(r_b.add_(step.eps))
-        return chord.masked_fill_(moved.gradient == 0, 0.0)
+        return chord.masked_fill_(undefined, 0.0)
 
     def mix(self, moved: Moved) -> Mix:
         step = _Step(moved, decay=True)

@@ -4,7 +4,7 @@ An optimizer moves a parameter from w to w + D(G), where D depends on the gradie
 the step and on its hyperparameters. Every scheme needs two things of it: where the weights stand at a point s of the
 path, w + D(sG), and the chord of the move over a piece [a, b] of the path, coordinate by coordinate,
 
-    c = -(D(bG) - D(aG)) / G,        c = 0 where G = 0,
+    c = -(D(bG) - D(aG)) / G,        where G = 0 its limit if that is known (Adam, SGD), or 0,
 
 so that the move over the piece is -c * G, shared out to the examples as -c * g_i.
 """
