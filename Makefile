@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: setup demo test check bench clean
+.PHONY: setup demo test check bench study-fidelity clean
 
 setup: $(INSTALLED)
 
@@ -27,6 +27,10 @@ check: setup
 
 bench: setup
 	$(BIN)/python benchmarks/overhead.py
+
+study-fidelity: setup
+	$(BIN)/python -m pip install --quiet --no-warn-conflicts --constraint constraints.txt --group study
+	$(BIN)/python -m experiments.fidelity.run
 
 clean:
 	rm -rf .venv .mypy_cache .ruff_cache .hypothesis

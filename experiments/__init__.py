@@ -1,0 +1,1 @@
+"""Studies: one folder a claim, each with its question, its run and its result."""
