@@ -114,6 +114,8 @@ class Attributor:
             raise InrunError(f"audit_every={audit_every}: give the number of steps between audits, or 0 for none.")
         if audit_permutations < 0 or audit_permutations == 1:
             raise InrunError(f"audit_permutations={audit_permutations}: give two or more, or 0 to play no game.")
+        if memory != "auto" and (isinstance(memory, str) or memory < 0):
+            raise InrunError(f"memory={memory!r}: give a number of bytes, or 'auto'.")
         if not targets:
             raise InrunError("no targets: give at least one named validation batch.")
         self.model = model
@@ -197,8 +199,7 @@ class Attributor:
         if self._waiting is not None:
             raise InrunError(
                 f"{len(self._waiting.remaining)} of {len(self.optimizers)} optimizers have not stepped since the last "
-                "batch: step all that the Attributor was given before the next, or call discard() if its gradients were "
-                "dropped."
+                "batch: step all that the Attributor was given before the next, or discard() what was dropped."
             )
         if self._pending:
             self._received.check_untouched()
@@ -226,6 +227,8 @@ class Attributor:
     def _audit(self, permutations: int, seed: int) -> dict[str, Game]:
         if self._open or self._waiting is not None or not self._pending:
             raise InrunError("audit() looks at a step before it is taken: call it between the `batch` and its step().")
+        if permutations < 2:
+            raise InrunError(f"audit(permutations={permutations}): give two random orders or more.")
         moves = self._moves()
         self._check_finite(moves, _Waiting(set()))
         valued = self._value(self.step + 1, moves, False, permutations, seed)

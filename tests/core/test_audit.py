@@ -107,6 +107,8 @@ def test_an_audit_on_demand_is_booked_with_its_step(tmp_path: Path) -> None:
         with pytest.raises(InrunError, match=r"between the `batch` and its step"):
             inrun.audit(attributor)
         case.loss(model, case.batch(14, 0)).backward()
+    with pytest.raises(InrunError, match=r"permutations=1\): give two"):
+        inrun.audit(attributor, permutations=1)
     before = copy.deepcopy(model.state_dict())
     game = inrun.audit(attributor, permutations=30)["t"]
     again = inrun.audit(attributor, permutations=30, seed=1)["t"]

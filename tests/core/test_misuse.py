@@ -176,6 +176,8 @@ def test_an_unsupported_optimizer() -> None:
         ({"nodes": "adaptive", "tolerance": 0.0}, "tolerance=0"),
         ({"nodes": "adaptive", "max_nodes": 0}, "max_nodes=0"),
         ({"audit_permutations": 1}, "audit_permutations=1"),
+        ({"memory": "8 GiB"}, "memory='8 GiB'"),
+        ({"memory": -1}, "memory=-1"),
         ({"kernel": "magic"}, "kernel='magic'"),
         ({"nonfinite": "ignore"}, "nonfinite='ignore'"),
         ({"audit_every": -1}, "audit_every=-1"),
