@@ -4,7 +4,6 @@ import io
 from types import SimpleNamespace
 from typing import Any
 
-import torch
 from rich.console import Console
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
@@ -12,14 +11,15 @@ from inrun.lm.progress import ProgressCallback
 
 
 def after_two_steps(console: Console) -> None:
-    last = SimpleNamespace(train_loss=5.25, values={"math": torch.tensor([0.5]), "law": torch.tensor([-0.25])})
-    attached: Any = SimpleNamespace(attributor=SimpleNamespace(last=last))
+    attributor = SimpleNamespace(train_loss=5.25, total=0.0)
+    attached: Any = SimpleNamespace(attributor=attributor)
     shown = ProgressCallback(attached, console)
     arguments: TrainingArguments = SimpleNamespace()  # type: ignore[assignment]
     state, control = TrainerState(max_steps=20_000), TrainerControl()
     shown.on_train_begin(arguments, state, control)
     for step in (1, 2):
         state.global_step = step
+        attributor.total += 0.25
         shown.on_step_end(arguments, state, control)
     shown.stop()
     shown.stop()
