@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 
 from experiments.fidelity.training import GPT, Run, Study, example_losses, loss, mean_loss, settings_of
 from inrun.direction import Direction, Moves, Scheme, scheme_of
+from inrun.game import Game
 from inrun.oracle import StepGame, monte_carlo_shapley, per_example_gradients
 from inrun.target import Evaluation, Target
 from inrun.update import CoupledUpdate, Moved, update_of
@@ -83,7 +84,7 @@ def scheme_named(name: str) -> Scheme:
     return scheme_of(**settings)
 
 
-class Game:
+class BatchedGame:
     """One step's game: `utility` looks up what `evaluate` has computed.
 
     Args:
@@ -216,7 +217,7 @@ def play(run: Run, study: Study, step: int, ids: Tensor, seed: int) -> dict[str,
         for group in optimizer.param_groups
         for p in group["params"]
     }
-    game = Game(run.model, run.optimizers, contributions, moves, run.target)
+    game = BatchedGame(run.model, run.optimizers, contributions, moves, run.target)
     shapley, error = game.shapley(study.permutations, 1000 * seed + step)
     played = time.perf_counter() - begun
     target = Target("held-out", run.target, loss, Evaluation(run.model))
@@ -239,7 +240,7 @@ def play(run: Run, study: Study, step: int, ids: Tensor, seed: int) -> dict[str,
         }
     noisy = torch.Generator().manual_seed(step)
     draws = shapley + error * torch.randn(DRAWS, game.players, generator=noisy, dtype=torch.float64)
-    spearmans = [spearman(draw, shapley) for draw in draws]
+    spearmans = [compare(draw, shapley)["spearman"] for draw in draws]
     return {
         "shapley": shapley.tolist(),
         "error": error.tolist(),
@@ -250,20 +251,10 @@ def play(run: Run, study: Study, step: int, ids: Tensor, seed: int) -> dict[str,
     }
 
 
-def compare(values: Tensor, truth: Tensor) -> dict[str, float]:
+def compare(values: Tensor, truth: Tensor) -> dict[str, Any]:
     """How far values are from the truth: relative error, RMSE in nats, Spearman correlation."""
-    off = (values - truth).norm()
-    return {
-        "relative": float(off / truth.norm()),
-        "rmse": float(off) / math.sqrt(len(truth)),
-        "spearman": spearman(values, truth),
-    }
-
-
-def spearman(a: Tensor, b: Tensor) -> float:
-    """The correlation of the ranks of two vectors without ties."""
-    ranks = torch.stack([a, b]).argsort(dim=1).argsort(dim=1).double()
-    return float(torch.corrcoef(ranks)[0, 1])
+    game = Game(truth, torch.zeros_like(truth), values)
+    return {"relative": game.relative_error, "rmse": game.rmse, "spearman": game.spearman}
 
 
 def _gradient_seconds(target: Target, step: int, moves: Moves) -> float:

@@ -134,7 +134,6 @@ class Credit:
         self._old: dict[str, Tensor] = {}
         self._decayed: dict[str, Tensor] = {}
         self._next = self._old, self._decayed  # after the step that is about to be taken
-        self._known: set[str] = set()
 
     def value(
         self,
@@ -195,7 +194,7 @@ class Credit:
         }
         if self._waiting is not None:  # a step that was evaluated and never taken
             self._scratch.drop(self._waiting.kept)
-        elif not self._known:
+        elif not self._old:
             self._refuse_without_room(size_of(keeping.values()), coefficients)
         self._waiting = _Past(valued, self._scratch.put(keeping), coefficients)
         return valued
@@ -215,7 +214,6 @@ class Credit:
                 found |= {"loss_before": before, "loss_after": after, "unexplained": before - after - explained}
         self._before = {}
         self._old, self._decayed = self._next
-        self._known |= set(past.coefficients)
         for block in self._blocks[:-1]:
             block.add(past, self._of)
         self._blocks[-1].steps.append(past)
@@ -242,7 +240,7 @@ class Credit:
 
     def _not_of_examples(self, name: str, mix: Mix) -> tuple[Tensor, Tensor]:
         """What of the way back, -D, is made by momentum from before the first step, and by weight decay."""
-        old = self._old.get(name, _ZERO) if name in self._known else mix.before
+        old = self._old.get(name, mix.before)
         decayed = self._decayed.get(name, _ZERO)
         decayed = mix.keep * decayed + mix.take * _or_zero(mix.decay)
         old = mix.keep * _or_zero(old)
@@ -268,7 +266,6 @@ class Credit:
         return {
             "old": dict(self._old),
             "decayed": dict(self._decayed),
-            "known": sorted(self._known),
             "blocks": [
                 {
                     "reach": dict(block.reach),
@@ -290,7 +287,7 @@ class Credit:
             )
         for block in self._blocks:
             self._drop(block)
-        self._old, self._decayed, self._known = dict(state["old"]), dict(state["decayed"]), set(state["known"])
+        self._old, self._decayed = dict(state["old"]), dict(state["decayed"])
         self._blocks = [
             _Block([self._restored(past) for past in block["steps"]], block["tail"], block["reach"])
             for block in state["blocks"]
@@ -311,7 +308,7 @@ class Credit:
 _SGD = SGDUpdate()
 _STRAIGHT = {"lr": 1.0, "momentum": 0.0, "dampening": 0.0, "nesterov": False, "weight_decay": 0.0, "maximize": False}
 _ZERO = torch.zeros(())
-_NOTHING: dict[str, Any] = {"old": {}, "decayed": {}, "known": [], "blocks": []}
+_NOTHING: dict[str, Any] = {"old": {}, "decayed": {}, "blocks": []}
 
 
 def _stored(past: _Past) -> dict[str, Any]:
