@@ -10,8 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from inrun.direction import Moves, displaced, displacements
+from inrun.direction import displaced, displacements
 from inrun.errors import InrunError
+from inrun.piece import Moves
 from inrun.probe import Unit
 from inrun.target import Target
 

@@ -22,9 +22,10 @@ import torch
 from torch import Tensor, nn
 
 from inrun.books import Group, check_contributions
-from inrun.direction import Moves, Scheme, displacements
+from inrun.direction import Scheme, displacements
 from inrun.errors import InrunError, NonFiniteError
 from inrun.gradient import Received
+from inrun.piece import Moves
 from inrun.scratch import Kept, Key, Scratch, gib, size_of
 from inrun.step import Id, Microbatch, Step
 from inrun.target import Target

@@ -15,7 +15,7 @@ gradient may be nearly all of the move, and the values' sum then misses what the
 equally spaced ones, until the values' sum is the loss that the move really removed.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -25,12 +25,10 @@ import torch
 from torch import Tensor, nn
 
 from inrun.errors import InrunError
+from inrun.piece import Moves, Piece, Room
 from inrun.target import Target
-from inrun.update import Moved, Pull
 
-Moves = Mapping[nn.Parameter, Moved]
 _Gradients = tuple[float, list[Tensor | None]]
-_Legs = Mapping[nn.Parameter, tuple[Tensor, Pull]]
 
 
 @dataclass(frozen=True)
@@ -107,12 +105,12 @@ class _Sum:
         self.q: dict[nn.Parameter, Tensor] = {}
         self.loss, self.nodes = 0.0, 0
 
-    def add(self, pulls: Iterable[tuple[nn.Parameter, Pull]], gradients: _Gradients, weight: float = 1.0) -> None:
+    def add(self, piece: Piece, gradients: _Gradients, weight: float = 1.0) -> None:
         loss, found = gradients
-        for (parameter, pull), gradient in zip(pulls, found, strict=True):
-            if gradient is not None:
-                part = pull(gradient) if weight == 1.0 else pull(gradient).mul_(weight)
-                self.q[parameter] = self.q[parameter].add_(part) if parameter in self.q else part
+        for p, part in piece.pull(found).items():
+            if weight != 1.0:
+                part.mul_(weight)
+            self.q[p] = self.q[p].add_(part) if p in self.q else part
         self.loss += loss
         self.nodes += 1
 
@@ -128,23 +126,29 @@ class _Sum:
 class First:
     """The paper's first order: the gradient at w."""
 
+    def __init__(self) -> None:
+        self._room = Room()
+
     def directions(self, targets: Sequence[Target], step: int, moves: Moves) -> dict[str, Direction]:
-        pulls = {p: moved.update.pull_back(moved, 0.0, 1.0)[1] for p, moved in moves.items()}
+        piece = Piece(moves, 0.0, 1.0, self._room)
         sums = {target.name: _Sum() for target in targets}
         for target in targets:
-            sums[target.name].add(pulls.items(), target.gradient(step, list(moves)))
+            sums[target.name].add(piece, target.gradient(step, list(moves)))
         return {name: found.direction(1) for name, found in sums.items()}
 
 
 class Second:
     """The paper's second order: a gradient and a Hessian-vector product at w."""
 
+    def __init__(self) -> None:
+        self._room = Room()
+
     def directions(self, targets: Sequence[Target], step: int, moves: Moves) -> dict[str, Direction]:
-        legs = {p: moved.update.pull_back(moved, 0.0, 1.0) for p, moved in moves.items()}
-        back, pulls = {p: leg[0] for p, leg in legs.items()}, {p: leg[1] for p, leg in legs.items()}
+        piece = Piece(moves, 0.0, 1.0, self._room)
+        back = piece.back()
         sums = {target.name: _Sum() for target in targets}
         for target in targets:
-            sums[target.name].add(pulls.items(), target.second_order(step, back))
+            sums[target.name].add(piece, target.second_order(step, back))
         return {name: found.direction(2) for name, found in sums.items()}
 
 
@@ -152,19 +156,16 @@ class Path:
     """`pieces` equal pieces, on the chord of each of which the target's gradient is taken at the nodes (x, weight)."""
 
     def __init__(self, pieces: int, nodes: Sequence[tuple[float, float]]) -> None:
-        self._pieces, self._nodes = pieces, nodes
+        self._pieces, self._nodes, self._room = pieces, nodes, Room()
 
     def directions(self, targets: Sequence[Target], step: int, moves: Moves) -> dict[str, Direction]:
         sums = {target.name: _Sum() for target in targets}
-        start = displacements(moves, 0.0)
         for k in range(self._pieces):
-            ends = k / self._pieces, (k + 1) / self._pieces
-            legs = {p: moved.update.pull_back(moved, *ends) for p, moved in moves.items()}
+            piece = Piece(moves, k / self._pieces, (k + 1) / self._pieces, self._room)
             for x, weight in self._nodes:
-                with displaced(_along(start, legs, x)):
+                with piece.at(x):
                     for target in targets:
-                        sums[target.name].add(_pulls(legs), target.gradient(step, list(moves)), weight)
-            start = _along(start, legs, 1.0)
+                        sums[target.name].add(piece, target.gradient(step, list(moves)), weight)
         return {name: found.direction(self._pieces * len(self._nodes)) for name, found in sums.items()}
 
 
@@ -178,12 +179,11 @@ class Adaptive:
     """
 
     def __init__(self, tolerance: float, max_nodes: int) -> None:
-        self._tolerance, self._max_nodes = tolerance, max_nodes
+        self._tolerance, self._max_nodes, self._room = tolerance, max_nodes, Room()
 
     def directions(self, targets: Sequence[Target], step: int, moves: Moves) -> dict[str, Direction]:
-        start = displacements(moves, 0.0)
-        legs = {p: moved.update.pull_back(moved, 0.0, 1.0) for p, moved in moves.items()}
-        removed, slack = self._removed(targets, step, moves, start, _along(start, legs, 1.0))
+        piece = Piece(moves, 0.0, 1.0, self._room)
+        removed, slack = self._removed(targets, step, moves, piece)
         sums = {target.name: _Sum() for target in targets}
         found: dict[str, Direction] = {}
         nodes, unsettled = 1, list(targets)
@@ -191,9 +191,9 @@ class Adaptive:
             for k in range(nodes):
                 if nodes > 1 and k % 3 == 1:  # a node of the third as many
                     continue
-                with displaced(_along(start, legs, (k + 0.5) / nodes)):
+                with piece.at((k + 0.5) / nodes):
                     for target in unsettled:
-                        sums[target.name].add(_pulls(legs), target.gradient(step, list(moves)))
+                        sums[target.name].add(piece, target.gradient(step, list(moves)))
             for target in list(unsettled):
                 name = target.name
                 total = sums[name].total(moves) / nodes
@@ -207,28 +207,14 @@ class Adaptive:
         return {target.name: found[target.name] for target in targets}
 
     def _removed(
-        self,
-        targets: Sequence[Target],
-        step: int,
-        moves: Moves,
-        start: Mapping[nn.Parameter, Tensor],
-        end: Mapping[nn.Parameter, Tensor],
+        self, targets: Sequence[Target], step: int, moves: Moves, piece: Piece
     ) -> tuple[dict[str, float], dict[str, float]]:
         """L(w + D(0)) - L(w + D(G)) by target, and how far its rounding may go."""
         losses: dict[str, list[float]] = {target.name: [] for target in targets}
-        for move in (start, end):
-            with displaced(move):
+        for x in (0.0, 1.0):
+            with piece.at(x):
                 for target in targets:
                     losses[target.name].append(target.loss(step))
         eps = max(torch.finfo(moved.weight.dtype).eps for moved in moves.values())
         removed = {name: before - after for name, (before, after) in losses.items()}
         return removed, {name: 4 * eps * abs(before) for name, (before, _) in losses.items()}
-
-
-def _pulls(legs: _Legs) -> Iterator[tuple[nn.Parameter, Pull]]:
-    return ((p, pull) for p, (_, pull) in legs.items())
-
-
-def _along(start: Mapping[nn.Parameter, Tensor], legs: _Legs, x: float) -> dict[nn.Parameter, Tensor]:
-    """The displacement at the share x of a piece that begins at the displacement `start`."""
-    return {p: torch.sub(start[p], back, alpha=x) for p, (back, _) in legs.items()}

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from inrun.books import Audit, Group, check_conservation, losses_without_data
-from inrun.direction import Moves, Scheme
+from inrun.direction import Scheme
 from inrun.errors import NonFiniteError
 from inrun.game import Game, play
 from inrun.gradient import Received
+from inrun.piece import Moves
 from inrun.probe import Unit
 from inrun.step import Id, Microbatch, Step
 from inrun.tangent.contraction import contract

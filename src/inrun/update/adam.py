@@ -22,26 +22,26 @@ class AdamUpdate(Update):
     def displacement(self, moved: Moved, s: float, *, decay: bool = True) -> Tensor:
         step = _Step(moved, decay)
         g = step.gradient(s)
-        move = step.mean(g).div_(step.root(step.square(g)).add_(step.eps)).mul_(-step.rate)
-        if decay and step.decoupled:
-            move.add_(moved.weight, alpha=-step.lr * step.weight_decay)
-        return move
+        return step.move(step.mean(g).div_(step.root(step.square(g)).add_(step.eps)))
 
     def chord(self, moved: Moved, a: float, b: float) -> Tensor:
+        return self.leg(moved, a, b)[1]
+
+    def leg(self, moved: Moved, a: float, b: float) -> tuple[Tensor, Tensor]:
         step = _Step(moved, decay=True)
         g_a, g_b = step.gradient(a), step.gradient(b)
         v_a, v_b = step.square(g_a), step.square(g_b)
-        rise = (g_a + g_b).mul_(step.sign * (1 - step.beta2) * (b - a) / step.bias2)
-        if step.floor is not None:
-            rise.mul_(_share_above(step.floor, v_a, v_b))
         r_a, r_b = step.root(v_a), step.root(v_b)
         # where G = 0 the chord is the quotient's limit, which a coordinate without a past does not have
-        undefined = (moved.gradient == 0) & (r_b == 0)
+        defined = torch.logical_or(moved.gradient, r_b)
         # (r(b) - r(a)) / G; where both roots are zero the squares underflowed, and neither moves
-        turn = rise.div_(r_a + r_b).nan_to_num_(0.0, 0.0, 0.0)
-        turn.mul_(step.mean(g_a)).div_(r_a.add_(step.eps))
-        chord = turn.neg_().add_(step.sign * (1 - step.beta1) * (b - a)).mul_(step.rate).div_(r_b.add_(step.eps))
-        return chord.masked_fill_(undefined, 0.0)
+        turn = g_b.add_(g_a).div_(r_a + r_b).nan_to_num_(0.0, 0.0, 0.0)
+        if step.floor is not None:
+            turn.mul_(_share_above(step.floor, v_a, v_b))
+        way = step.mean(g_a).div_(r_a.add_(step.eps))
+        turn.mul_(way).mul_(-step.rate * step.sign * (1 - step.beta2) * (b - a) / step.bias2)
+        chord = turn.add_(step.rate * step.sign * (1 - step.beta1) * (b - a)).div_(r_b.add_(step.eps)).mul_(defined)
+        return step.move(way), chord
 
     def mix(self, moved: Moved) -> Mix:
         step = _Step(moved, decay=True)
@@ -78,11 +78,17 @@ class _Step:
         self.bias2 = 1 - self.beta2**t
         self.sign = -1.0 if group["maximize"] else 1.0
         coupled = decay and self.weight_decay != 0 and not self.decoupled
+        self._pulls = decay and self.decoupled
         self._moved, self.pull = moved, self.weight_decay * moved.weight if coupled else None
         self._mean, self._square = state.get("exp_avg"), state.get("exp_avg_sq")
         self.floor: Tensor | None = None
         if group["amsgrad"]:
             self.floor = state["max_exp_avg_sq"] if "max_exp_avg_sq" in state else torch.zeros_like(moved.weight)
+
+    def move(self, way: Tensor) -> Tensor:
+        """D(s), of m(s) / R(s), which is written over."""
+        way.mul_(-self.rate)
+        return way.add_(self._moved.weight, alpha=-self.lr * self.weight_decay) if self._pulls else way
 
     def gradient(self, s: float) -> Tensor:
         """g(s): what the moments take in."""

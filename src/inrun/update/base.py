@@ -83,6 +83,14 @@ class Update(ABC):
         none = moved.gradient.abs() < torch.finfo(moved.gradient.dtype).tiny
         return torch.where(none, 0.0, difference / wide.gradient).to(moved.gradient.dtype)
 
+    def leg(self, moved: Moved, a: float, b: float) -> tuple[Tensor, Tensor]:
+        """D(aG) and the chord of [a, b], two new tensors: override it where they have work in common."""
+        return self.displacement(moved, a), self.chord(moved, a, b)
+
+    def rate(self, moved: Moved, a: float, b: float) -> float | None:
+        """The chord where it is one number for all coordinates and any gradient, as of SGD; None elsewhere."""
+        return None
+
     def mix(self, moved: Moved) -> Mix:
         """D(G) as a mix of all gradients so far, for momentum="credit"; an optimizer that has none leaves this out."""
         raise InrunError(f"{type(self).__name__}: its move is no linear mix of past gradients.")

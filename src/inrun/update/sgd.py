@@ -24,13 +24,16 @@ class SGDUpdate(Update):
         return move.mul(-float(group["lr"]))
 
     def chord(self, moved: Moved, a: float, b: float) -> Tensor:
+        return torch.full_like(moved.gradient, self.rate(moved, a, b))
+
+    def rate(self, moved: Moved, a: float, b: float) -> float:
         group = moved.group
         rate = float(group["lr"]) * (b - a)
         if group["momentum"] != 0:
             # torch does not dampen the gradient that starts the buffer
             share = 1.0 if moved.state.get("momentum_buffer") is None else 1 - group["dampening"]
             rate *= 1 + group["momentum"] * share if group["nesterov"] else share
-        return torch.full_like(moved.gradient, -rate if group["maximize"] else rate)
+        return -rate if group["maximize"] else rate
 
     def mix(self, moved: Moved) -> Mix:
         group, before = moved.group, moved.state.get("momentum_buffer")

@@ -1,0 +1,152 @@
+"""A piece [a, b] of the path, for all parameters at once (design, 2.2): its chord, the points on it, its pull-back.
+
+What this costs is memory traffic, not arithmetic. So parameters that are moved coordinate by coordinate are taken in
+blocks that fit the processor's cache, of which weight, gradient, moments and chord are read or written once; and what
+must last until the target's gradient is there, the chord and the weights, lies in memory that every step uses again.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from inrun.update import CoupledUpdate, Moved, Pull
+
+Moves = Mapping[nn.Parameter, Moved]
+
+_BLOCK = {"cpu": 2**17}  # entries: a dozen such blocks of float32 fit a core's cache
+_WHOLE = 2**26  # elsewhere: a device is kept busy by large blocks
+
+
+class Room:
+    """Memory for tensors of the parameters' shapes, used again at every step."""
+
+    def __init__(self) -> None:
+        self._held: dict[tuple[str, nn.Parameter], Tensor] = {}
+
+    def like(self, name: str, p: nn.Parameter, dtype: torch.dtype) -> Tensor:
+        """The tensor of this name for the parameter, laid out as it is; what it holds is what was written last."""
+        held = self._held.get((name, p))
+        if held is None or held.shape != p.shape or held.dtype != dtype or held.device != p.device:
+            held = self._held[name, p] = torch.empty_like(p.detach(), dtype=dtype)
+        return held
+
+
+class Piece:
+    """The piece [a, b]. It must be used before the optimizers step, and before the next piece in the same room."""
+
+    def __init__(self, moves: Moves, a: float, b: float, room: Room) -> None:
+        self._moves, self._a, self._b, self._room = moves, a, b, room
+        self._chords: dict[nn.Parameter, Tensor | float] = {}
+        self._coupled: dict[nn.Parameter, tuple[Tensor, Tensor, Pull]] = {}
+        for p, moved in moves.items():
+            if isinstance(moved.update, CoupledUpdate):
+                self._coupled[p] = (moved.update.displacement(moved, a), *moved.update.pull_back(moved, a, b))
+            elif (rate := moved.update.rate(moved, a, b)) is not None:
+                self._chords[p] = rate
+
+    @contextmanager
+    def at(self, x: float) -> Iterator[None]:
+        """The weights at the share x of the chord inside the block, and bit for bit what they were after it."""
+        kept: dict[nn.Parameter, Tensor] = {}
+        try:
+            with torch.no_grad():
+                for p in self._moves:
+                    before = self._room.like("weight", p, p.dtype)
+                    self._move(p, x, before)
+                    kept[p] = before
+            yield
+        finally:
+            if kept:
+                with torch.no_grad():
+                    torch._foreach_copy_(list(kept), list(kept.values()))
+
+    def pull(self, gradients: Sequence[Tensor | None]) -> dict[nn.Parameter, Tensor]:
+        """The piece's part of q from the target's gradients, in the order of the moves; they are written over.
+
+        A parameter without a gradient is not in it.
+        """
+        q: dict[nn.Parameter, Tensor] = {}
+        storages: set[int] = set()
+        for p, gradient in zip(self._moves, gradients, strict=True):
+            if gradient is not None:
+                storage = gradient.untyped_storage()
+                # autograd may hand out one tensor for two parameters, or one number for many entries
+                mine = storage.data_ptr() not in storages and storage.nbytes() >= gradient.nbytes
+                storages.add(storage.data_ptr())
+                q[p] = gradient if mine else gradient.clone(memory_format=torch.contiguous_format)
+        with torch.no_grad():
+            for p in q.keys() & self._coupled.keys():
+                q[p] = self._coupled[p][2](q[p])
+            self._fill(p for p in q if p not in self._coupled)
+            rates = {p: c for p in q if isinstance(c := self._chords.get(p), float)}
+            chords = {p: c for p in q if isinstance(c := self._chords.get(p), Tensor)}
+            if rates:
+                torch._foreach_mul_([q[p] for p in rates], list(rates.values()))
+            if chords:
+                torch._foreach_mul_([q[p] for p in chords], list(chords.values()))
+        return q
+
+    def back(self) -> dict[nn.Parameter, Tensor]:
+        """The way back over the piece, D(aG) - D(bG) = c * G, by parameter."""
+        self._fill(p for p in self._moves if p not in self._coupled)
+        return {
+            p: self._coupled[p][1] if p in self._coupled else moved.gradient * self._chords[p]
+            for p, moved in self._moves.items()
+        }
+
+    def _fill(self, parameters: Iterator[nn.Parameter]) -> None:
+        """The chords of these parameters, where they are not there yet."""
+        for p in parameters:
+            if p not in self._chords:
+                moved = self._moves[p]
+                whole = self._room.like("chord", p, moved.gradient.dtype)
+                for part, (chord,) in _blocks(moved, [whole]):
+                    chord.copy_(part.update.chord(part, self._a, self._b))
+                self._chords[p] = whole
+
+    def _move(self, p: nn.Parameter, x: float, before: Tensor) -> None:
+        """Keep the weight in `before`, and move it to the share x of the chord."""
+        moved = self._moves[p]
+        if p in self._coupled:
+            start, back, _ = self._coupled[p]
+            before.copy_(p)
+            p.add_(torch.sub(start, back, alpha=x))
+            return
+        chord = self._chords.get(p)
+        whole = chord if isinstance(chord, Tensor) else self._room.like("chord", p, moved.gradient.dtype)
+        for part, (weight, kept, chord_part) in _blocks(moved, [p.detach(), before, whole]):
+            kept.copy_(weight)
+            if isinstance(chord, float):
+                way = part.update.displacement(part, self._a).add_(part.gradient, alpha=-x * chord)
+            elif chord is None:
+                way, found = part.update.leg(part, self._a, self._b)
+                chord_part.copy_(found)
+                way.addcmul_(found, part.gradient, value=-x)
+            else:
+                way = part.update.displacement(part, self._a).addcmul_(chord_part, part.gradient, value=-x)
+            weight.add_(way)
+        if chord is None:
+            self._chords[p] = whole
+
+
+def _blocks(moved: Moved, others: Sequence[Tensor]) -> Iterator[tuple[Moved, list[Tensor]]]:
+    """The parameter in parts of so many entries, with the same parts of the others, which have its shape.
+
+    Where its tensors do not lie in memory alike, it is one part.
+    """
+    weight = moved.weight
+    size = _BLOCK.get(weight.device.type, _WHOLE)
+    if weight.numel() > size:
+        order = sorted(range(weight.ndim), key=lambda d: -weight.stride()[d])
+        states = {k: v for k, v in moved.state.items() if isinstance(v, Tensor) and v.shape == weight.shape}
+        turned = [x.permute(order) for x in (weight, moved.gradient, *states.values(), *others)]
+        if all(x.is_contiguous() for x in turned):
+            for parts in zip(*(torch.split(x.view(-1), size) for x in turned), strict=True):
+                n = 2 + len(states)
+                state = {**moved.state, **dict(zip(states, parts[2:n], strict=True))}
+                yield replace(moved, weight=parts[0], gradient=parts[1], state=state), list(parts[n:])
+            return
+    yield moved, list(others)
