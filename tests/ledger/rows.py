@@ -1,9 +1,11 @@
 """A made-up run for the tests of the ledger: its rows, booking them, and holding a ledger to them."""
 
+from concurrent.futures import wait
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 from inrun.ledger import Ledger, LedgerWriter
 
@@ -33,6 +35,15 @@ def book(writer: LedgerWriter, *steps: int) -> None:
             values,
             [{"target": target, "value": float(values[target].sum())} for target in values],
         )
+
+
+def book_unasked(writer: LedgerWriter, *steps: int) -> None:
+    """Book without asking how the background is doing; return when what it is writing is on disk, or has failed."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(writer._background, "keep_up", lambda allowed: None)
+        book(writer, *steps)
+    if writer._background._writing is not None:
+        wait([writer._background._writing])
 
 
 def rows_in(folder: Path) -> list[Row]:

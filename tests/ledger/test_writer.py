@@ -9,7 +9,7 @@ import polars as pl
 import pytest
 
 from inrun.ledger import Ledger, LedgerError, LedgerWriter, write_examples
-from tests.ledger.rows import RUN, assert_holds, book, names, rows_in, rows_of
+from tests.ledger.rows import RUN, assert_holds, book, book_unasked, names, rows_in, rows_of
 
 
 def test_what_is_booked_reads_back_with_any_engine(tmp_path: Path) -> None:
@@ -38,7 +38,7 @@ def test_what_is_booked_reads_back_with_any_engine(tmp_path: Path) -> None:
 
 def test_a_part_is_written_when_its_rows_are_there(tmp_path: Path) -> None:
     writer = LedgerWriter(tmp_path, RUN, part_rows=12)
-    book(writer, 1, 2, 3)
+    book_unasked(writer, 1, 2, 3)
     assert names(tmp_path, "values") == names(tmp_path, "steps") == ["000000001-000000002-r0.parquet"]
     writer.flush()
     writer.flush()

@@ -1,4 +1,4 @@
-"""Writing a ledger during training: rows are buffered, written as parts, and cut back on resume.
+"""Writing a ledger during training: rows are buffered, written as parts in the background, and cut back on resume.
 
 No kill can leave a row twice. A flush covers whole steps, so the parts of a rank never overlap, and each
 appears by one rename. Cutting works from the last part back: parts after the step are removed, and the one
@@ -9,21 +9,24 @@ Every state in between is a ledger with each row at most once, and cutting again
 import json
 import operator
 import os
+from collections import deque
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import numpy as np
 import polars as pl
 
-from inrun.ledger.checks import Floats, GivenIds, Ids, check_ids, check_step_row, check_targets, check_values
+from inrun.ledger.background import Background
+from inrun.ledger.batch import Batch, Booked, batch_of
+from inrun.ledger.checks import GivenIds, check_ids, check_step_row, check_targets, check_values
 from inrun.ledger.files import list_temps, parquet, sync_folder, write_whole
 from inrun.ledger.schema import (
     FORMAT,
     RUN,
     STEPS,
-    STEPS_SCHEMA,
     UNREADABLE,
     VALUES,
     LedgerError,
@@ -34,17 +37,7 @@ from inrun.ledger.schema import (
     part_name,
     read_run,
     scan,
-    values_schema,
 )
-
-
-class _Booked(NamedTuple):
-    """The values of one step."""
-
-    step: int
-    ids: Ids
-    targets: list[str]
-    values: Floats  # [targets, ids]
 
 
 class LedgerWriter:
@@ -53,7 +46,11 @@ class LedgerWriter:
     `run` describes what ran and becomes run.json; its entry "identity" (a mapping) is what a resumed run must
     have in common with the first. `ranks` is how many writers the run has; each opens with its own `rank`.
     Only rank 0 writes run.json, and it also cuts the rows of ranks that a resumed run no longer has. A part
-    is written when `part_rows` value rows are buffered.
+    is written when `part_rows` value rows are buffered, by a thread of the writer's own. `memory` is how many
+    bytes booked steps may take until they are on disk; then `book` waits for the disk. (What making a part
+    takes comes on top, some 100 bytes for each of its rows.)
+
+    One thread of one process books: in a forked one `close` does nothing, and all else raises LedgerError.
 
     Raises LedgerError where the folder holds another run, or cannot be written to.
     """
@@ -67,18 +64,20 @@ class LedgerWriter:
         rank: int = 0,
         ranks: int = 1,
         part_rows: int = 500_000,
+        memory: int = 2**27,
     ) -> None:
         if not 0 <= rank < ranks:
             raise LedgerError(f"rank {rank} of {ranks} writers: give ranks= the number of writers of this run.")
         if part_rows < 1:
             raise LedgerError(f"part_rows is {part_rows}; give 1 or more.")
+        if memory < 1:
+            raise LedgerError(f"memory is {memory}; give a number of bytes, 1 or more.")
         self._folder = Path(folder)
-        self._rank, self._ranks, self._part_rows = rank, ranks, part_rows
-        self._booked: list[_Booked] = []
-        self._rows = 0
-        self._step_rows: list[tuple[Any, ...]] = []
-        # Parts on their way to disk: kept until they are durable, so that a failed flush can be tried again.
-        self._sealed: dict[Path, pl.DataFrame] = {}
+        self._rank, self._ranks, self._part_rows, self._memory = rank, ranks, part_rows, memory
+        self._process = os.getpid()
+        self._buffer: list[Booked] = []
+        self._rows = self._size = 0  # value rows and bytes in the buffer
+        self._background = Background(partial(Batch.write, folder=self._folder, rank=rank))
         self._closed = False
         self._open(_as_json(self._folder, run), resume)
         self._last = max((part.last for part in self._parts()), default=0)
@@ -122,16 +121,18 @@ class LedgerWriter:
         values: Mapping[str, np.ndarray[Any, Any]],
         steps: Sequence[Mapping[str, Any]],
     ) -> None:
-        """Book one step.
+        """Book one step: checked and copied here, written later and elsewhere.
 
         `values` maps a target to its values, in nats of target loss, positive = helped, in the order of
         `ids`; the same id twice makes two rows. `steps` has one mapping per target, with columns of steps/:
         `target` is needed; `step`, `examples` and `skipped` are by default this step, the number of ids and
         False, any other null.
 
-        Raises LedgerError before anything is buffered where an argument is wrong. Where a full part cannot be
-        written the step is booked all the same, in memory: free space and call `flush`.
+        Raises LedgerError before anything is buffered where an argument is wrong; and where a part of earlier
+        steps could not be written, once for each try: this step is booked then all the same, in memory. Free
+        space and call `flush`.
         """
+        self._check_process()
         step = self._check_step(step)
         listed, id_type = check_ids(step, ids)
         if id_type and self._id_type and id_type is not self._id_type:
@@ -144,25 +145,22 @@ class LedgerWriter:
         checked = check_values(step, listed, values)
         if checked.size:
             self._id_type = id_type
-            self._booked.append(_Booked(step, listed, list(values), checked))
-        self._step_rows += rows
-        self._rows += checked.size
+        if checked.size or rows:
+            booked = Booked(step, listed, list(values), checked, rows)
+            self._buffer.append(booked)
+            self._rows += checked.size
+            self._size += booked.size
         self._last = step
-        if self._rows >= self._part_rows:
-            self.flush()
+        # By half of the memory at the latest, so that one half is written while the other fills.
+        if self._rows >= self._part_rows or self._size > self._memory // 2:
+            self._hand_over()
+        self._background.keep_up(self._memory - self._size)
 
     def flush(self) -> None:
         """Write all that is booked: durable on return. Raises LedgerError, and can then be called again."""
-        self._seal()
-        for path in list(self._sealed):
-            try:
-                write_whole(path, self._rank, parquet(self._sealed[path]))
-            except OSError as error:
-                raise LedgerError(
-                    f"{path} could not be written ({error.strerror or error}). What is booked is kept in "
-                    "memory: free space or correct the folder's rights, then call flush()."
-                ) from error
-            del self._sealed[path]
+        self._check_process()
+        self._hand_over()
+        self._background.drain()
 
     def cut(self, step: int) -> None:
         """Forget every row with a step > `step`, on disk and in memory: what a resume needs.
@@ -173,22 +171,27 @@ class LedgerWriter:
         step = operator.index(step)
         if step < 0:
             raise LedgerError(f"{self._folder}: cannot cut to step {step}; 0 forgets every step.")
-        self._seal()
-        sealed, self._sealed = self._sealed, {}
-        for path, frame in sealed.items():
-            self._keep(path.parent, frame.filter(pl.col("step") <= step))
+        self._check_process()
+        self._background.settle()
+        # A batch stays by itself: one that could not be written in whole may have left a part under its name.
+        batches = [batch.until(step) for batch in (*self._background.waiting, batch_of(self._buffer))]
+        self._buffer, self._rows, self._size = [], 0, 0
+        self._background.waiting = deque(batch for batch in batches if batch.steps)
         # From the last step back, so that a kill on the way leaves no hole.
         for part in sorted(self._parts(), key=lambda part: part.first, reverse=True):
             if part.last > step:
                 self._cut_part(part, step)
-        lasts = [part.last for part in self._parts()] + [frame["step"][-1] for frame in self._sealed.values()]
+        lasts = [part.last for part in self._parts()]
+        lasts += [batch.steps[-1].step for batch in self._background.waiting]
         self._last = max(lasts, default=0)
-        if not self._sealed and not list_parts(self._folder, VALUES):
+        if not self._background.waiting and not list_parts(self._folder, VALUES):
             self._id_type = None
 
     def close(self) -> None:
-        """Flush, and book no more. May be called again."""
-        self.flush()
+        """Flush, and book no more. May be called again. Raises LedgerError, and is then not closed."""
+        if os.getpid() == self._process:
+            self.flush()
+            self._background.stop()
         self._closed = True
 
     def __enter__(self) -> Self:
@@ -222,19 +225,18 @@ class LedgerWriter:
             )
         return number
 
-    def _seal(self) -> None:
-        """Turn what is buffered into parts to be written."""
-        if self._booked and self._id_type:
-            self._keep(self._folder / VALUES, _values_frame(self._booked, self._id_type))
-        self._booked, self._rows = [], 0
-        if self._step_rows:
-            self._keep(self._folder / STEPS, pl.DataFrame(self._step_rows, schema=STEPS_SCHEMA, orient="row"))
-        self._step_rows = []
+    def _check_process(self) -> None:
+        if os.getpid() != self._process:
+            raise LedgerError(
+                f"{self._folder}: its writer was opened by process {self._process}, of which this one, "
+                f"{os.getpid()}, is a fork; book there, or open the ledger after the fork."
+            )
 
-    def _keep(self, place: Path, frame: pl.DataFrame) -> None:
-        if frame.height:
-            steps = frame["step"]
-            self._sealed[place / part_name(steps[0], steps[-1], self._rank)] = frame
+    def _hand_over(self) -> None:
+        if self._buffer:
+            batch = Batch(self._buffer, self._size)
+            self._buffer, self._rows, self._size = [], 0, 0
+            self._background.put(batch)
 
     def _cut_part(self, part: Part, step: int) -> None:
         try:
@@ -258,26 +260,6 @@ def _first_rows(part: Part, step: int) -> pl.DataFrame:
         return scan(part.path).filter(pl.col("step") <= step).collect()
     except UNREADABLE as error:
         raise corrupt(part.path, error) from error
-
-
-def _values_frame(booked: Sequence[_Booked], id_type: type[pl.DataType]) -> pl.DataFrame:
-    names = list(dict.fromkeys(target for one in booked for target in one.targets))
-    code = {name: number for number, name in enumerate(names)}
-    codes = [np.repeat([code[target] for target in one.targets], len(one.ids)) for one in booked]
-    # Each step's rows are target by target, as its values lie in memory.
-    if id_type is pl.Int64:
-        ids = pl.Series(np.concatenate([np.tile(one.ids, len(one.targets)) for one in booked]))
-    else:
-        ids = pl.Series([identity for one in booked for identity in [*one.ids] * len(one.targets)], dtype=pl.String)
-    return pl.DataFrame(
-        {
-            "step": np.repeat([one.step for one in booked], [one.values.size for one in booked]),
-            "id": ids,
-            "target": pl.Series(names, dtype=pl.String).gather(np.concatenate(codes)),
-            "value": np.concatenate([one.values.ravel() for one in booked]),
-        },
-        schema=values_schema(id_type),
-    )
 
 
 def _as_json(folder: Path, run: Mapping[str, Any]) -> dict[str, Any]:
