@@ -25,8 +25,12 @@ check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# QUICK=1: a few minutes in place of half an hour. bergson asks for more than its collector uses, and a torchvision
+# that does not load beside torch's CPU build, so it goes in by itself.
 bench: setup
-	$(BIN)/python benchmarks/overhead.py
+	$(BIN)/python -m pip install --quiet --no-warn-conflicts --constraint constraints.txt --group study --group bench
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps bergson
+	$(BIN)/python -m benchmarks $(if $(QUICK),--quick)
 
 study-fidelity: setup
 	$(BIN)/python -m pip install --quiet --no-warn-conflicts --constraint constraints.txt --group study

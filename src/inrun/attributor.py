@@ -10,6 +10,7 @@ One step, from batch to ledger:
 """
 
 import math
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -24,17 +25,20 @@ from torch.optim import Optimizer
 
 from inrun.books import groups_of
 from inrun.capture import Capture, find_units, trained_parameters
+from inrun.captured import Captured
 from inrun.credit import Credit
 from inrun.direction import displacements, scheme_of
 from inrun.errors import InrunError, NonFiniteError
+from inrun.formed import Formed, Pool
 from inrun.game import Game
-from inrun.gradient import Received
+from inrun.gradient import Received, square
+from inrun.kernels import Kernel, Kernels
 from inrun.ledger import LedgerWriter
 from inrun.provenance import describe
-from inrun.scratch import Scratch, free_memory
+from inrun.scratch import Scratch, free_memory, gib
 from inrun.step import Microbatch, Step, as_ids
-from inrun.target import DOUBLE_BACKWARD, Evaluation, Loss, Target
-from inrun.update import Moved, check_move, update_of
+from inrun.target import DOUBLE_BACKWARD, Evaluation, Loss, Target, uncompiled
+from inrun.update import Moved, Update, check_move, update_of
 from inrun.valuation import Account, Valued, train_loss
 
 LARGEST = 1e19  # of a gradient: its square is no number of float32 any more
@@ -95,7 +99,7 @@ class Attributor:
         max_nodes: int = 9,
         momentum: Literal["account", "credit"] = "account",
         memory: int | Literal["auto"] = "auto",
-        kernel: Literal["auto", "tangent"] = "auto",
+        kernel: Kernel = "auto",
         ledger: str | PathLike[str] | None = None,
         resume: bool = False,
         audit_every: int = 0,
@@ -105,7 +109,7 @@ class Attributor:
     ) -> None:
         for name, given, known in (
             ("momentum", momentum, ("account", "credit")),
-            ("kernel", kernel, ("auto", "tangent")),
+            ("kernel", kernel, ("auto", "tangent", "perexample", "ghost")),
             ("nonfinite", nonfinite, ("stop", "skip")),
         ):
             if given not in known:
@@ -118,7 +122,7 @@ class Attributor:
             raise InrunError(f"memory={memory!r}: give a number of bytes, or 'auto'.")
         if not targets:
             raise InrunError("no targets: give at least one named validation batch.")
-        self.model = model
+        self.model = model = _inner(model)
         self.optimizers = (optimizer,) if isinstance(optimizer, Optimizer) else tuple(optimizer)
         self.step = 0
         self.last: Step | None = None
@@ -129,7 +133,7 @@ class Attributor:
         self._updates = {optimizer: update_of(optimizer) for optimizer in self.optimizers}
         self._names = trained_parameters(model, self.optimizers)
         units = find_units(model, set(self._names))
-        evaluation = Evaluation(model)
+        self._evaluation = evaluation = Evaluation(model)
         self._targets = [Target(name, batches, loss, evaluation) for name, batches in targets.items()]
         for target in self._targets:
             target.gradient(0, list(self._names))  # a target that cannot be used is refused now, not in mid-run
@@ -149,6 +153,7 @@ class Attributor:
         self._open = False
         self._id_type: type[int] | type[str] | None = None
         self._waiting: _Waiting | None = None
+        self._noted = False
         self._games: dict[str, Game] = {}
         self._checks_left = _CHECKS
         self._ledger: LedgerWriter | None = None
@@ -167,7 +172,16 @@ class Attributor:
                 **({"double_backward": DOUBLE_BACKWARD} if scheme == "second" else {}),
             )
             self._ledger = LedgerWriter(ledger, run, resume=resume)
-        self._capture = Capture(model, units, batch_dim)
+        self._at_once = (
+            scheme == "first"
+            and momentum == "account"
+            and all(type(update).rate is not Update.rate for update in self._updates.values())
+        )
+        self._kernels = Kernels(kernel, units, len(targets), self._at_once, None if memory == "auto" else memory)
+        self._capture = Capture(model, units, self._kernels, batch_dim)
+        self._pool = Pool()
+        self._scratch = Scratch(0, None if ledger is None else Path(ledger))
+        self._room = free_memory() // 2 if memory == "auto" else memory
         self._hooks = [
             hook
             for optimizer in self.optimizers
@@ -201,27 +215,56 @@ class Attributor:
                 f"{len(self._waiting.remaining)} of {len(self.optimizers)} optimizers have not stepped since the last "
                 "batch: step all that the Attributor was given before the next, or discard() what was dropped."
             )
+        if self._pending and self._received.overflowed():
+            self.discard()  # a gradient scaler left the step out, as it does
         if self._pending:
             self._received.check_untouched()
         self._games = {}
         self._open = True
+        if not self._pending:
+            self._kernels.begin()
+        captured = Captured(len(found), Formed(len(found), self._names, self._pool))
         try:
-            with self._capture.batch(len(found)) as captured:
+            with uncompiled(), self._capture.batch(captured, lambda: self._look_ahead(captured)):
                 microbatch = Microbatch(found, captured)
                 yield microbatch
         finally:
             self._open = False
-        if not captured.calls:
+        if not captured.calls and not captured.formed:
             raise InrunError(
                 "no gradient reached the model inside the `batch` block: call the model and loss.backward() both "
                 "inside of it."
             )
         self._id_type = type(found[0])
+        if sum(m.captured.size() for m in (*self._pending, microbatch) if not m.captured.spilled) > self._room:
+            self._spill(microbatch)
         self._pending.append(microbatch)
         self._received.keep()
 
+    def _spill(self, microbatch: Microbatch) -> None:
+        """Keep on disk what the step must have of this batch."""
+        size, examples = microbatch.captured.size(), len(microbatch.ids)
+        note = (
+            f"what a step must keep of its batches' gradients is more than memory= allows ({gib(self._room)}): the "
+            f"{gib(size)} of a batch of {examples} examples go to disk in {self._scratch.folder}. About "
+            f"{int(self._room // (size / examples))} examples a step fit."
+        )
+        if not self._noted:
+            warnings.warn(note, stacklevel=3)
+            self._noted = True
+        microbatch.captured.spill(self._scratch)
+
+    def _look_ahead(self, captured: Captured) -> None:
+        """Ahead of a forward pass: get the target's gradients, if examples' gradients can be contracted with them."""
+        step = self.step + 1
+        game = self._permutations and step % self._audit_every == 0
+        if self._at_once and not game and captured.formed.ahead is None:
+            captured.formed.ahead = self._account.ahead(step, list(self._names), self._capture.watch)
+
     def discard(self) -> None:
         """Forget the batches since the last step, for a loop that drops their gradients instead of stepping."""
+        for microbatch in self._pending:
+            microbatch.captured.release()
         self._pending, self._waiting, self._games = [], None, {}
 
     def _audit(self, permutations: int, seed: int) -> dict[str, Game]:
@@ -342,6 +385,7 @@ class Attributor:
     def _evaluate(self) -> "_Waiting":
         """The values of the step that the optimizers are about to take. Changes nothing."""
         step, moves = self.step + 1, self._moves()
+        self._evaluation.autocast = self._capture.autocast
         waiting = _Waiting(set(self.optimizers))
         audited = self._audit_every > 0 and step % self._audit_every == 0
         try:
@@ -354,7 +398,7 @@ class Attributor:
                     f"step {step}: {problem}. Nothing was moved and nothing booked. Look at the batch with the ids "
                     f"{ids[:8]}, lower the learning rate, or give nonfinite='skip' to book such steps as skipped."
                 ) from None
-            waiting.norms.clear()
+            waiting.seen.clear()
             waiting.valued = Valued(Step(step, ids, {}, {}, train_loss(self._pending), skipped=True))
             return waiting
         if audited or self._checks_left:
@@ -364,20 +408,20 @@ class Attributor:
         return waiting
 
     def _check_finite(self, moves: Mapping[nn.Parameter, Moved], waiting: "_Waiting") -> None:
-        """Raise NonFiniteError if a gradient is not finite; keep the norms, by which a change would be seen."""
+        """Raise NonFiniteError if a gradient is not finite; keep the squares, by which a change would be seen."""
+        squares = self._received.receive(moves)
+        if not bool(torch.stack(list(squares.values())).isfinite().all()):
+            largest = float(
+                torch.stack([m.gradient.abs().max().double() for m in moves.values() if m.gradient.numel()]).max()
+            )
+            if not largest < LARGEST:
+                size = f"as large as {largest:.0e}, which overflows when squared"
+                raise NonFiniteError(f"the gradient is {size if math.isfinite(largest) else 'not finite'}")
         for optimizer in self.optimizers:
-            mine = {p for group in optimizer.param_groups for p in group["params"]}
-            gradients = [moved.gradient for p, moved in moves.items() if p in mine]
-            if gradients:
-                norms = torch.stack(torch._foreach_norm(gradients))
-                if not bool(norms.isfinite().all()):
-                    largest = float(torch.stack([g.abs().max().double() for g in gradients if g.numel()]).max())
-                    if not largest < LARGEST:
-                        size = f"as large as {largest:.0e}, which overflows when squared"
-                        raise NonFiniteError(f"the gradient is {size if math.isfinite(largest) else 'not finite'}")
-                if not any(group.get("nesterov") for group in optimizer.param_groups):
-                    # torch's foreach SGD adds Nesterov's momentum into the gradient itself
-                    waiting.norms[optimizer] = gradients, norms
+            if not any(group.get("nesterov") for group in optimizer.param_groups):
+                # torch's foreach SGD adds Nesterov's momentum into the gradient itself
+                mine = [p for group in optimizer.param_groups for p in group["params"] if p in moves]
+                waiting.seen[optimizer] = [(moves[p].gradient, moves[p].gradient._version, squares[p]) for p in mine]
 
     def _value(
         self, step: int, moves: Mapping[nn.Parameter, Moved], audited: bool, permutations: int, seed: int = 0
@@ -385,7 +429,9 @@ class Attributor:
         for microbatch in self._pending:
             for call in microbatch.captured.calls:
                 call.check_inputs()
-        return self._account.value(step, self._pending, moves, self._received, audited, permutations, seed)
+        device = next(iter(moves)).device.type
+        with torch.autocast(device, enabled=False), torch.no_grad():  # what is around the optimizer's step is not ours
+            return self._account.value(step, self._pending, moves, self._received, audited, permutations, seed)
 
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         waiting = self._waiting
@@ -394,10 +440,12 @@ class Attributor:
         waiting.remaining.discard(optimizer)
         valued = waiting.valued
         if not waiting.remaining:
+            for microbatch in self._pending:
+                microbatch.captured.release()
             # the optimizers have moved: the step counts as done, whatever cannot be checked or written now
             self.step, self._pending, self._waiting = valued.step.step, [], None
-        gradients, norms = waiting.norms.get(optimizer, ([], None))
-        if norms is not None and not torch.equal(torch.stack(torch._foreach_norm(gradients)), norms):
+        look = bool(waiting.expected)  # what is written past the versions is looked for now and then
+        if any((look or g._version != at) and square(g) != was for g, at, was in waiting.seen.get(optimizer, [])):
             raise InrunError(
                 f"step {valued.step.step}: the gradients were changed inside of optimizer.step() or between two "
                 "optimizers' steps (a step hook that clips, most likely), after the values were computed from them, so "
@@ -428,13 +476,19 @@ class Attributor:
                 self._ledger.book(done.step, done.ids, values, list(valued.rows.values()))
 
 
+def _inner(model: nn.Module) -> nn.Module:
+    """The model itself, of what torch.compile(model) returns."""
+    inner = vars(model).get("_modules", {}).get("_orig_mod")
+    return inner if type(model).__name__ == "OptimizedModule" and isinstance(inner, nn.Module) else model
+
+
 @dataclass
 class _Waiting:
     """A step between the optimizers' hooks: evaluated, but not yet taken by all of them."""
 
     remaining: set[Optimizer]
     valued: Valued = field(default_factory=lambda: Valued(Step(0, [], {}, {})))
-    norms: dict[Optimizer, tuple[list[Tensor], Tensor]] = field(default_factory=dict)
+    seen: dict[Optimizer, list[tuple[Tensor, int, Tensor]]] = field(default_factory=dict)
     before: dict[nn.Parameter, Tensor] = field(default_factory=dict)
     expected: dict[nn.Parameter, Tensor] = field(default_factory=dict)
 

@@ -4,7 +4,7 @@ Conservation, at every step: over all examples, sum_i phi_i = <G, q>, for every 
 float tolerance. Audit, on chosen steps: loss drop = values + momentum + decay + unexplained, by the target's real loss.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,8 +19,10 @@ from inrun.target import Target
 # what rounding may do to a group's sum, relative to |G| |q| + sum |b| |tangent|: ten times or more what was measured
 # (7e-8 in float32; 4e-9 in float64 models that compute a norm in float32), and far below a missing call or example
 TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-5}
+HALF = 3e-2
 # nats: a smaller difference is nobody's. Where gradients vanish their squares underflow, and they have few digits
 NOTHING = 1e-20
+_PART = 2**18  # entries that are summed up in their own precision
 
 
 class ConservationError(InrunError):
@@ -53,31 +55,36 @@ def check_conservation(
     seen: Tensor,
     size: Tensor,
     gradients: Mapping[nn.Parameter, Tensor],
+    squares: Mapping[nn.Parameter, Tensor],
     q: Mapping[nn.Parameter, Tensor],
+    coarse: Collection[int],
     where: str,
 ) -> float:
     """The largest relative error of sum_i phi_i = <G, q> over the groups.
 
     Args:
         seen: [groups], the left side. size: [groups], what its rounding is judged against.
-        gradients, q: G and q by parameter; one without an entry counts as zero.
+        gradients, squares, q: G, its squared norm, and q by parameter; one without an entry counts as zero.
+        coarse: the groups of which the training's own gradient was summed in half precision.
         where: the step and the target, for the error.
 
     Raises:
         ConservationError: naming the parameters, if a group's error is more than rounding.
     """
     expected, bound = torch.zeros_like(seen), size.clone()
-    for k, group in enumerate(groups):
-        for p in group.parameters:
-            if p in gradients and p in q:
-                expected[k] += torch.sum(gradients[p] * q[p], dtype=torch.float64)
-                bound[k] += gradients[p].norm() * q[p].norm()
+    group_of = {p: k for k, group in enumerate(groups) for p in group.parameters if p in gradients and p in q}
+    if group_of:
+        places = torch.tensor(list(group_of.values()), device=seen.device)
+        found = torch.stack([_product(gradients[p], q[p]) for p in group_of])
+        norms = torch.stack([squares[p] for p in group_of]).sqrt()
+        expected.index_add_(0, places, found[:, 0])
+        bound.index_add_(0, places, found[:, 1].sqrt() * norms)
     apart = (seen - expected).abs()
     errors = torch.where((bound > 0) & (apart > NOTHING), apart / bound, 0.0)
     worst = 0.0
     columns = (errors.tolist(), seen.tolist(), expected.tolist(), size.tolist())
-    for group, error, left, right, magnitude in zip(groups, *columns, strict=True):
-        tolerance = max(TOLERANCE.get(p.dtype, 3e-2) for p in group.parameters)
+    for k, (group, error, left, right, magnitude) in enumerate(zip(groups, *columns, strict=True)):
+        tolerance = HALF if k in coarse else max(TOLERANCE.get(p.dtype, HALF) for p in group.parameters)
         unseen = magnitude == 0 and abs(left - right) > NOTHING
         if unseen or not error <= tolerance:
             raise ConservationError(
@@ -88,10 +95,19 @@ def check_conservation(
     return worst
 
 
+def _product(x: Tensor, y: Tensor) -> Tensor:
+    """<x, y> and <y, y> in float64, in parts that fit a processor's cache."""
+    parts = zip(torch.split(x.reshape(-1), _PART), torch.split(y.reshape(-1), _PART), strict=True)
+    found = [(torch.dot(a, b), torch.dot(b, b)) for a, b in parts]
+    return torch.stack([torch.stack(of).sum(dtype=torch.float64) for of in zip(*found, strict=True)])
+
+
 def check_contributions(
-    groups: Sequence[Group], contributions: Mapping[nn.Parameter, Tensor], moves: Moves, where: str
+    groups: Sequence[Group], contributions: Mapping[nn.Parameter, Tensor], moves: Moves, cast: bool, where: str
 ) -> float:
     """The largest relative error of sum_i g_i = G over the groups, g_i [examples, *shape] by parameter.
+
+    `cast`: the training's own gradient was summed in half precision.
 
     Raises ConservationError, naming the parameters, if a group's error is more than rounding.
     """
@@ -109,7 +125,7 @@ def check_contributions(
                 bound.append(whole.double().norm())
         if error and (apart := float(torch.stack(error).norm())):
             relative = apart / float(torch.stack(bound).sum())
-            tolerance = max(TOLERANCE.get(p.dtype, 3e-2) for p in group.parameters)
+            tolerance = HALF if cast else max(TOLERANCE.get(p.dtype, HALF) for p in group.parameters)
             if not relative <= tolerance:
                 raise ConservationError(
                     f"{where}: the examples' gradients of {', '.join(group.parameters.values())} do not add up to what "

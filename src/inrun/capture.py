@@ -1,13 +1,12 @@
 """What each unit saw: its inputs, and the gradient of its outputs, of every call in a batch.
 
-A unit is a module that owns trained parameters directly. While a batch is open, a forward hook on each unit keeps the
-inputs of the call and watches the gradients of its outputs; the model's own hooks tell where a forward begins and ends.
+A unit is a module that owns trained parameters directly. While a batch is open, a forward hook on each unit watches the
+gradients of the outputs: it lets the unit form every example's gradient (inrun.tangent.fused, per_example), or keeps
+the inputs of the call until the step (inrun.captured). The model's own hooks tell where a forward begins and ends.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -17,46 +16,17 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from torch.utils.hooks import RemovableHandle
 
+from inrun.captured import Call, Captured, Hook, check_version
 from inrun.errors import InrunError
+from inrun.kernels import Kernels
 from inrun.probe import Found, Inputs, Probe, Unit, expanded, tensors
 from inrun.rows import Rows
+from inrun.tangent.fused import fused
 from inrun.tangent.generic import RandomState
+from inrun.tangent.ghost import Pair, ghost, ghost_bias
+from inrun.tangent.per_example import rule_of, unchanged
 from inrun.tangent.rules import has_closed_form
-
-
-@dataclass(eq=False)
-class Call:
-    """One call of a unit: what went in, and by output leaf whose rows they are and the gradient that came back."""
-
-    unit: Unit
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    training: bool
-    random_state: RandomState | None
-    versions: list[int]
-    rows: list[Rows | None]
-    gradients: list[Tensor | None]
-
-    @cached_property
-    def gradient_norms(self) -> list[Tensor | None]:
-        """The norm of every gradient, for all targets once."""
-        return [gradient.norm() if gradient is not None else None for gradient in self.gradients]
-
-    def check_inputs(self) -> None:
-        """Raise InrunError if an input was overwritten since the call: the values would be of other numbers."""
-        if self.versions != [x._version for x in tensors((self.args, self.kwargs))]:
-            raise InrunError(
-                f"{self.unit.name}: an input of this module was changed in place after it was used, so its values "
-                "cannot be computed. Use the out-of-place operation there, or load the next batch into other memory."
-            )
-
-
-@dataclass(eq=False)
-class Captured:
-    """What one `batch` block saw: the calls that a gradient came back to."""
-
-    examples: int
-    calls: list[Call] = field(default_factory=list)
+from inrun.target import aside
 
 
 def trained_parameters(model: nn.Module, optimizers: Sequence[Optimizer]) -> dict[nn.Parameter, str]:
@@ -107,13 +77,20 @@ _MOST_FOUND = 64  # structures of inputs whose rows are remembered
 class Capture:
     """The hooks on a model. Nothing is kept outside of an open batch, nor in evaluation."""
 
-    def __init__(self, model: nn.Module, units: Sequence[Unit], batch_dim: int = 0) -> None:
-        self._model, self._batch_dim = model, batch_dim
+    def __init__(self, model: nn.Module, units: Sequence[Unit], kernels: Kernels, batch_dim: int = 0) -> None:
+        self._model, self._kernels, self._batch_dim = model, kernels, batch_dim
+        self._device = next(iter(units[0].parameters.values())).device.type
+        self.autocast: torch.dtype | None = None  # of the newest forward
         self._batch_norms = [(name, m) for name, m in model.named_modules() if isinstance(m, _BatchNorm)]
         self._probe = Probe(model)
         self._open: Captured | None = None
+        self._before: Callable[[], None] = _nothing
+        self._watched: dict[Unit, list[Pair]] | None = None
         self._depth = 0  # of calls of the model within calls of the model
         self._calls_of: dict[Unit, int] = {}
+        self._with_gradients = False
+        self._put_off: dict[Unit, list[int]] = {}  # calls without gradients, which the backward pass makes again
+        self._fused: set[Unit] = set()
         self._found: dict[tuple[object, ...], Found] = {}
         self._now: Found | None = None
         self._merges: set[int] = set()
@@ -121,11 +98,11 @@ class Capture:
         handles: list[RemovableHandle] = []
         for unit in units:
             if not has_closed_form(unit.module):
-                handles.append(unit.module.register_forward_pre_hook(_Hook(self._before_unit, unit)))
-            handles.append(unit.module.register_forward_hook(_Hook(self._after_unit, unit), with_kwargs=True))
+                handles.append(unit.module.register_forward_pre_hook(Hook(self._before_unit, unit)))
+            handles.append(unit.module.register_forward_hook(Hook(self._after_unit, unit), with_kwargs=True))
         # the model's own go around its unit's, if it is one
-        handles.append(model.register_forward_pre_hook(_Hook(self._before_model), with_kwargs=True, prepend=True))
-        handles.append(model.register_forward_hook(_Hook(self._after_model), always_call=True))
+        handles.append(model.register_forward_pre_hook(Hook(self._before_model), with_kwargs=True, prepend=True))
+        handles.append(model.register_forward_hook(Hook(self._after_model), always_call=True))
         self._handles = handles
 
     def detach(self) -> None:
@@ -135,25 +112,32 @@ class Capture:
         self._handles, self._open = [], None
 
     @contextmanager
-    def batch(self, examples: int) -> Iterator[Captured]:
-        """Capture the forward and backward passes inside the block."""
-        self._open = captured = Captured(examples)
+    def batch(self, captured: Captured, before: Callable[[], None]) -> Iterator[None]:
+        """Capture the forward and backward passes inside the block; `before` is called ahead of each forward."""
+        self._open, self._before = captured, before
         self._depth = 0
+        self._put_off.clear()
+        self._fused.clear()
         try:
-            yield captured
+            yield
         finally:
-            self._open = None
+            self._open, self._before = None, _nothing
             self._random_states.clear()
         # a call whose outputs met no gradient adds nothing
         captured.calls = [call for call in captured.calls if any(g is not None for g in call.gradients)]
 
     def _before_model(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._open is None or self._probe.recording:
+        if self._open is None or aside():
             return
         self._depth += 1
-        if self._depth > 1 or not torch.is_grad_enabled():
+        if self._depth > 1:
+            return
+        self._with_gradients = torch.is_grad_enabled()
+        if not self._with_gradients:
             return
         self._refuse_unsupported()
+        self.autocast = torch.get_autocast_dtype(self._device) if torch.is_autocast_enabled(self._device) else None
+        self._before()
         examples = self._open.examples
         inputs = Inputs(args, kwargs, self._batch_dim)
         carrying = inputs.carrying(examples)
@@ -182,15 +166,23 @@ class Capture:
                 "gradient of its own. Freeze its statistics (call eval() on this module after model.train()), or use "
                 "GroupNorm."
             )
-        if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
-            raise InrunError("autocast is not supported yet: train in the parameters' own precision.")
+
+    @contextmanager
+    def watch(self) -> Iterator[dict[Unit, list[Pair]]]:
+        """Inside the block, collect the inputs and output gradients of the units whose kernel can use them."""
+        found: dict[Unit, list[Pair]] = {}
+        self._watched = found
+        try:
+            yield found
+        finally:
+            self._watched = None
 
     def _after_model(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if self._open is not None and not self._probe.recording:
+        if self._open is not None and not aside():
             self._depth -= 1
 
     def _before_unit(self, unit: Unit, module: nn.Module, args: tuple[Any, ...]) -> None:
-        if self._open is not None and not self._probe.recording and torch.is_grad_enabled() and module.training:
+        if self._open is not None and not aside() and torch.is_grad_enabled() and module.training:
             self._random_states[unit] = RandomState.of(module)
 
     def _after_unit(
@@ -198,22 +190,64 @@ class Capture:
     ) -> Any:
         if self._probe.recording:
             return self._probe.see(unit, output)
-        if self._open is None:
+        if self._watched is not None and self._kernels.watches(unit) and output.requires_grad:
+            (x,) = (*args, *kwargs.values())
+            output.register_hook(_watch(self._watched.setdefault(unit, []), x.detach()))
+        if self._open is None or aside():
             return None
+        if _in_backward():
+            return self._after_recomputed(self._open, unit, args, kwargs, output)
         index = self._calls_of.get(unit, 0)
         if self._depth == 1:
             self._calls_of[unit] = index + 1
-        return self._keep(self._open, unit, index, args, kwargs, output) if torch.is_grad_enabled() else None
+        if torch.is_grad_enabled():
+            return self._keep(self._open, unit, index, args, kwargs, output)
+        if self._depth == 1 and self._with_gradients:
+            self._put_off.setdefault(unit, []).append(index)
+        return None
+
+    def _after_recomputed(
+        self, captured: Captured, unit: Unit, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> Any:
+        """A call inside the backward pass: activation checkpointing runs a part of the forward pass again.
+
+        The reentrant kind ran it without gradients before, so that this is the call that counts. The other kind has
+        the call already: what it computes is to be the same again, and nothing else.
+        """
+        if not torch.is_grad_enabled():
+            return None
+        if self._put_off.get(unit):
+            index = self._put_off[unit].pop()
+            if (
+                self._now is not None
+                and len({str(self._now.rows.get((unit, k))) for k in (*self._put_off[unit], index)}) > 1
+            ):
+                raise InrunError(
+                    f"{unit.name} is called several times, laid out otherwise each time, in parts of the model that "
+                    "are checkpointed with use_reentrant=True, which runs them again in another order. Use "
+                    "use_reentrant=False."
+                )
+            return self._keep(captured, unit, index, args, kwargs, output)
+        rows = None if self._now is None else self._now.rows.get((unit, 0))
+        leaves, spec = tree_flatten(output)
+        if rows is None or len(rows) != len(leaves):
+            return None
+        if unit in self._fused and rows[0] is not None:
+            (x,) = (*args, *kwargs.values())
+            return fused(unit.module, x, output, rows[0], captured.examples, None)
+        for k, leaf in enumerate(leaves):
+            if isinstance(leaf, Tensor) and leaf.requires_grad:
+                leaves[k] = expanded(leaf, rows[k], captured.examples, unit)[0]
+        return tree_unflatten(leaves, spec)
 
     def _keep(
         self, captured: Captured, unit: Unit, index: int, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Any:
-        if self._now is None or self._depth != 1:
+        if self._now is None or (self._depth != 1 and not _in_backward()):
             raise InrunError(
                 f"{unit.name} was called outside of the model's own forward, where it cannot be told which rows belong "
                 "to which example. Put what is computed there into the forward of the model that the Attributor is "
-                "given (activation checkpointing, which runs a part of it again in the backward pass, is not "
-                "supported yet)."
+                "given."
             )
         leaves, spec = tree_flatten(output)
         rows = self._now.rows.get((unit, index))
@@ -224,47 +258,102 @@ class Capture:
                 "out whose rows are whose. A forward whose calls change from batch to batch, or between train and "
                 "eval mode, cannot be attributed."
             )
-        args, kwargs = tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, (tuple(args), dict(kwargs)))
-        versions = [x._version for x in tensors((args, kwargs))]
-        random_state = self._random_states.pop(unit, None)
-        nothing: list[Tensor | None] = [None] * len(leaves)
-        call = Call(unit, args, kwargs, unit.module.training, random_state, versions, list(rows), nothing)
         watched = [k for k, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.requires_grad]
-        for k in watched:
-            leaf, found = expanded(leaves[k], rows[k], captured.examples, unit)
+        wholes = {k: expanded(leaves[k], rows[k], captured.examples, unit) for k in watched}
+        for leaf, found in wholes.values():
             entries = leaf.shape[found.dim or 0] // captured.examples
             if found.merged and self._now.counted and entries not in self._merges:
                 raise InrunError(
                     f"{unit.name}: its output of shape {tuple(leaf.shape)} holds another number of entries per example "
                     "than the model's inputs, so that it cannot be told whose they are."
                 )
+        kernel = self._kernels.of(unit, captured, leaves[0]) if unchanged(unit.module) else "tangent"
+        if kernel in ("fused", "ghost") and rows[0] is not None and rows[0].dim is not None:
+            (x,) = (*args, *kwargs.values())
+            if kernel == "fused":
+                self._fused.add(unit)
+                return fused(unit.module, x, output, rows[0], captured.examples, captured.formed)
+            output.register_hook(_pay(unit, x.detach(), rows[0], captured))
+            return None
+        args, kwargs = tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, (tuple(args), dict(kwargs)))
+        versions = [x._version for x in tensors((args, kwargs))]
+        random_state = self._random_states.pop(unit, None)
+        nothing: list[Tensor | None] = [None] * len(leaves)
+        call = Call(
+            unit, args, kwargs, unit.module.training, self.autocast, random_state, versions, list(rows), nothing
+        )
+        call.late = kernel == "late"
+        form = kernel == "formed" and len(leaves) == 1 and rule_of(call) is not None
+        for k, (leaf, found) in wholes.items():
             # a view of its own, so that the gradient is this output's alone where one output is made of another
             leaves[k] = leaf.view_as(leaf) if len(watched) > 1 else leaf
             call.rows[k] = found
-            leaves[k].register_hook(_keep_gradient(call, k))
+            leaves[k].register_hook(_form(call, captured) if form else _keep_gradient(call, k))
+        if form:
+            return leaves[0]
         captured.calls.append(call)
         return tree_unflatten(leaves, spec)
 
 
-class _Hook:
-    """A hook that stays with its model: a copy or a pickle of the model gets one that does nothing."""
-
-    def __init__(self, function: Callable[..., Any], *first: Any) -> None:
-        self._function, self._first = function, first
-
-    def __call__(self, *args: Any) -> Any:
-        return self._function(*self._first, *args)
-
-    def __reduce__(self) -> tuple[Callable[[], Any], tuple[()]]:
-        return _no_hook, ()
-
-
-def _no_hook() -> Callable[..., None]:
-    return _do_nothing
-
-
-def _do_nothing(*_: Any) -> None:
+def _nothing() -> None:
     return None
+
+
+def _in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1
+
+
+def _form(call: Call, captured: Captured) -> Callable[[Tensor], None]:
+    """A hook that forms every example's gradients as soon as the output's is there."""
+
+    def hook(gradient: Tensor) -> None:
+        rule = rule_of(call)
+        assert rule is not None
+        call.gradients = [gradient.detach()]
+        call.check_inputs()
+        if gradient.element_size() < 4:
+            captured.formed.coarse |= set(call.unit.parameters.values())
+            call.gradients = [gradient.detach().float()]
+        with torch.no_grad(), call.again():
+            found = rule(call, captured.examples)
+        with torch.autocast(gradient.device.type, enabled=False):
+            for name, p in call.unit.parameters.items():
+                captured.formed.take(p, slice(None), found[name].to(p.dtype))
+        call.gradients = [None]
+
+    return hook
+
+
+def _watch(pairs: list[Pair], x: Tensor) -> Callable[[Tensor], None]:
+    """A hook that collects a unit's input and output gradient."""
+
+    def hook(gradient: Tensor) -> None:
+        a, b = x.reshape(-1, x.shape[-1]), gradient.detach().reshape(-1, gradient.shape[-1])
+        wide = torch.float32 if b.element_size() < 4 else b.dtype
+        pairs.append((a.to(wide), b.to(wide)))
+
+    return hook
+
+
+def _pay(unit: Unit, x: Tensor, rows: Rows, captured: Captured) -> Callable[[Tensor], None]:
+    """A hook that contracts the examples' gradients with those of the targets, without forming either."""
+    version = x._version
+
+    def hook(gradient: Tensor) -> None:
+        check_version(unit, x, version)
+        N, formed, b = captured.examples, captured.formed, gradient.detach()
+        pairs = [of.pairs.get(unit, []) for of in formed.ahead or ()]
+        b_NRO = rows.per_example(b, N).view(N, -1, b.shape[-1])
+        a_NRI = rows.per_example(x, N).view(N, -1, x.shape[-1])
+        if b.element_size() < 4:
+            formed.coarse |= set(unit.parameters.values())
+            a_NRI, b_NRO = a_NRI.float(), b_NRO.float()
+        with torch.autocast(b.device.type, enabled=False):
+            formed.pay(unit.parameters["weight"], ghost(a_NRI, b_NRO, pairs))
+            if "bias" in unit.parameters:
+                formed.pay(unit.parameters["bias"], ghost_bias(b_NRO, pairs))
+
+    return hook
 
 
 def _keep_gradient(call: Call, k: int) -> Callable[[Tensor], None]:

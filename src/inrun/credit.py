@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from inrun.books import Group, check_contributions
-from inrun.direction import Scheme, displacements
+from inrun.direction import Scheme, Watch, displacements
 from inrun.errors import InrunError, NonFiniteError
 from inrun.gradient import Received
 from inrun.piece import Moves
@@ -136,6 +136,9 @@ class Credit:
         self._decayed: dict[str, Tensor] = {}
         self._next = self._old, self._decayed  # after the step that is about to be taken
 
+    def ahead(self, step: int, parameters: Sequence[nn.Parameter], watch: Watch) -> None:
+        """Nothing: contributions are kept."""
+
     def value(
         self,
         step: int,
@@ -161,7 +164,7 @@ class Credit:
         valued = Valued(Step(step, ids, {}, {}, train_loss(pending)))
         self._before = {target.name: target.loss(step) for target in self._targets} if audited else {}
         g = contributions(pending, received.scales(moves))
-        conservation = check_contributions(self._groups, g, moves, f"step {step}")
+        conservation = check_contributions(self._groups, g, moves, _cast(pending), f"step {step}")
         mixes = {p: moved.update.mix(moved) for p, moved in moves.items()}
         moved_by = displacements(moves, 1.0)
         # the straight way of the real move is that of plain SGD on the gradient -D
@@ -329,6 +332,11 @@ def _stored(past: _Past) -> dict[str, Any]:
         "u": u,
         "coefficients": {name: list(numbers) for name, numbers in past.coefficients.items()},
     }
+
+
+def _cast(pending: Sequence[Microbatch]) -> bool:
+    """Whether a forward pass was under autocast."""
+    return any(call.autocast is not None for microbatch in pending for call in microbatch.captured.calls)
 
 
 def _dot(x: Tensor, y: Tensor) -> float:

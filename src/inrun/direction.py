@@ -15,8 +15,8 @@ gradient may be nearly all of the move, and the values' sum then misses what the
 equally spaced ones, until the values' sum is the loss that the move really removed.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -25,9 +25,14 @@ import torch
 from torch import Tensor, nn
 
 from inrun.errors import InrunError
+from inrun.formed import Ahead
 from inrun.piece import Moves, Piece, Room
+from inrun.probe import Unit
+from inrun.tangent.ghost import Pair
 from inrun.target import Target
 
+# a block in which a target's pass shows the units' inputs and output gradients
+Watch = Callable[[], AbstractContextManager[dict[Unit, list[Pair]]]]
 _Gradients = tuple[float, list[Tensor | None]]
 
 
@@ -47,6 +52,11 @@ class Scheme(Protocol):
 
     def directions(self, targets: Sequence[Target], step: int, moves: Moves) -> dict[str, Direction]:
         """q and loss for every target at this step; a parameter on which a target does not depend is not in its q."""
+
+    def ahead(
+        self, targets: Sequence[Target], step: int, parameters: Sequence[nn.Parameter], watch: Watch
+    ) -> list[Ahead] | None:
+        """Every target's gradient, if q will be it but for one number by parameter; None if that is not known yet."""
 
 
 def scheme_of(
@@ -128,16 +138,38 @@ class First:
 
     def __init__(self) -> None:
         self._room = Room()
+        self._taken: dict[str, tuple[float, Ahead]] = {}
+
+    def ahead(
+        self, targets: Sequence[Target], step: int, parameters: Sequence[nn.Parameter], watch: Watch
+    ) -> list[Ahead] | None:
+        for target in targets:
+            if target.name not in self._taken:
+                with watch() as pairs:
+                    loss, found = target.gradient(step, parameters)
+                gradient = {p: g for p, g in zip(parameters, found, strict=True) if g is not None}
+                self._taken[target.name] = loss, Ahead(gradient, pairs)
+        return [of for _, of in self._taken.values()]
 
     def directions(self, targets: Sequence[Target], step: int, moves: Moves) -> dict[str, Direction]:
         piece = Piece(moves, 0.0, 1.0, self._room)
         sums = {target.name: _Sum() for target in targets}
+        taken, self._taken = self._taken, {}
         for target in targets:
-            sums[target.name].add(piece, target.gradient(step, list(moves)))
+            if target.name in taken:
+                loss, ahead = taken.pop(target.name)
+                sums[target.name].add(piece, (loss, [ahead.gradient.get(p) for p in moves]))
+            else:
+                sums[target.name].add(piece, target.gradient(step, list(moves)))
         return {name: found.direction(1) for name, found in sums.items()}
 
 
-class Second:
+class _AtTheStep:
+    def ahead(self, targets: Sequence[Target], step: int, parameters: Sequence[nn.Parameter], watch: Watch) -> None:
+        return None
+
+
+class Second(_AtTheStep):
     """The paper's second order: a gradient and a Hessian-vector product at w."""
 
     def __init__(self) -> None:
@@ -152,7 +184,7 @@ class Second:
         return {name: found.direction(2) for name, found in sums.items()}
 
 
-class Path:
+class Path(_AtTheStep):
     """`pieces` equal pieces, on the chord of each of which the target's gradient is taken at the nodes (x, weight)."""
 
     def __init__(self, pieces: int, nodes: Sequence[tuple[float, float]]) -> None:
@@ -169,7 +201,7 @@ class Path:
         return {name: found.direction(self._pieces * len(self._nodes)) for name, found in sums.items()}
 
 
-class Adaptive:
+class Adaptive(_AtTheStep):
     """More and more nodes, for every target until its values' sum agrees with what the step removes.
 
     What it removes is measured: the target's loss at w + D(0) and at w + D(G), two forward passes. The sum agrees when

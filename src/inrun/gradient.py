@@ -13,7 +13,17 @@ from torch import Tensor, nn
 from inrun.errors import InrunError
 from inrun.update import Moved
 
+_PART = 2**17  # entries looked at together: they fit a processor's cache
 _UNIFORM = 1e-3  # how far the factors of one scaling may differ by rounding, or as much as four roundings do
+
+
+def square(x: Tensor, copy: Tensor | None = None) -> Tensor:
+    """<x, x> in float64, in parts that fit a processor's cache; each is written to `copy` on the way."""
+    parts = torch.split(x.reshape(-1), _PART)
+    if copy is not None:
+        for part, there in zip(parts, torch.split(copy.view(-1), _PART), strict=True):
+            there.copy_(part)
+    return torch.stack([torch.dot(part, part) for part in parts]).sum(dtype=torch.float64)
 
 
 class Received:
@@ -25,18 +35,26 @@ class Received:
     def __init__(self, names: Mapping[nn.Parameter, str]) -> None:
         self._names = names
         self.raw: dict[nn.Parameter, Tensor] = {}
+        self.squares: dict[nn.Parameter, Tensor] = {}
+        self._changed = False
 
     def keep(self) -> None:
         """Take the copy."""
         for p in self._names:
             if p.grad is None:
                 self.raw.pop(p, None)
+                self.squares.pop(p, None)
             elif p.grad.is_sparse:
                 raise InrunError(f"{self._names[p]}: sparse gradients are not supported: build it with sparse=False.")
-            elif p in self.raw:
-                self.raw[p].copy_(p.grad)
             else:
-                self.raw[p] = p.grad.detach().clone()
+                if p not in self.raw:
+                    self.raw[p] = torch.empty_like(p, memory_format=torch.contiguous_format)
+                self.squares[p] = square(p.grad.detach(), self.raw[p])
+
+    def overflowed(self) -> bool:
+        """Whether the gradients changed since the copy, which was not finite: nobody steps with such."""
+        changed = [raw for p, raw in self.raw.items() if not _same(p.grad, raw)]
+        return not all(bool(raw.isfinite().all()) for raw in changed)
 
     def check_untouched(self) -> None:
         """Raise InrunError if a gradient changed since the copy: accumulation must go on from where it was."""
@@ -49,14 +67,22 @@ class Received:
                 "backward pass outside of a `batch` block belongs inside of one."
             )
 
-    def scales(self, moves: Mapping[nn.Parameter, Moved]) -> dict[nn.Parameter, Tensor] | None:
-        """Received gradient / made gradient by parameter and coordinate; None if nothing was changed.
+    def receive(self, moves: Mapping[nn.Parameter, Moved]) -> dict[nn.Parameter, Tensor]:
+        """The squared norms of the gradients that the optimizers receive, by parameter."""
+        self._changed = not all(_same(moves[p].gradient if p in moves else None, self.raw.get(p)) for p in self._names)
+        return {p: square(moved.gradient) for p, moved in moves.items()} if self._changed else dict(self.squares)
 
-        Raises InrunError if it was changed by more than a scaling: one factor for all (clipping by norm, unscaling), or
-        factors from 0 to 1 (clipping by value).
+    def scales(self, moves: Mapping[nn.Parameter, Moved]) -> dict[nn.Parameter, Tensor] | None:
+        """Received gradient / made gradient by parameter, one number where it is that; None if nothing was changed.
+
+        To be called after `receive`. Raises InrunError if it was changed by more than a scaling: one factor for all
+        (clipping by norm, unscaling), or factors from 0 to 1 (clipping by value).
         """
-        if all(_same(moves[p].gradient if p in moves else None, self.raw.get(p)) for p in self._names):
+        if not self._changed:
             return None
+        by_parameter = self._factors(moves)
+        if by_parameter is not None:
+            return by_parameter
         scales, names, lows, highs, from_nothing = {}, {}, [], [], []
         rounding = _UNIFORM
         for p in self._names:
@@ -91,8 +117,49 @@ class Received:
             scales[p].nan_to_num_(known[0], math.inf, -math.inf)
         return scales
 
+    def _factors(self, moves: Mapping[nn.Parameter, Moved]) -> dict[nn.Parameter, Tensor] | None:
+        """One factor by parameter, as clipping by norm and unscaling leave it; None if it is not that simple."""
+        found: dict[nn.Parameter, float] = {}
+        silent = []
+        for p in self._names:
+            raw, received = self.raw.get(p), moves[p].gradient if p in moves else None
+            if raw is None or received is None:
+                if raw is not received:
+                    return None
+                continue
+            factor = _factor(raw, received)
+            if factor is None:
+                return None
+            if math.isnan(factor):
+                silent.append(p)
+            else:
+                found[p] = factor
+        most, least = max(found.values(), default=1.0), min(found.values(), default=1.0)
+        if not least >= 0 or (most > 1 + _UNIFORM and most - least > _UNIFORM * most):
+            return None
+        found |= dict.fromkeys(silent, most)
+        return {p: torch.tensor(factor, dtype=torch.float64, device=p.device) for p, factor in found.items()}
+
+
+def _factor(raw: Tensor, received: Tensor) -> float | None:
+    """The number that makes one tensor the other, to rounding; NaN if both are zero, None if there is none."""
+    if raw.shape != received.shape or not raw.is_contiguous() or not received.is_contiguous():
+        return None
+    parts = list(zip(torch.split(raw.view(-1), _PART), torch.split(received.view(-1), _PART), strict=True))
+    squares = float(sum(torch.dot(x, x).double() for x, _ in parts))
+    products = float(sum(torch.dot(x, y).double() for x, y in parts))
+    if squares == 0 or not math.isfinite(squares) or not math.isfinite(products):
+        return math.nan if squares == 0 and not bool(raw.any()) and not bool(received.any()) else None
+    factor = products / squares
+    left = math.hypot(*(float(torch.sub(y, x, alpha=factor).norm()) for x, y in parts))
+    return factor if left <= 16 * torch.finfo(raw.dtype).eps * abs(factor) * math.sqrt(squares) else None
+
 
 def _same(x: Tensor | None, y: Tensor | None) -> bool:
     if x is None or y is None:
         return x is y
+    if x.dtype == y.dtype and x.shape == y.shape and x.nbytes % 8 == 0 and x.is_contiguous() and y.is_contiguous():
+        words = x.view(-1).view(torch.int64), y.view(-1).view(torch.int64)  # compared in half the time
+        if torch.equal(*words):
+            return True
     return torch.equal(x, y) or (x.shape == y.shape and bool(((x == y) | ((x != x) & (y != y))).all()))

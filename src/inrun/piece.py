@@ -17,6 +17,7 @@ from inrun.update import CoupledUpdate, Moved, Pull
 Moves = Mapping[nn.Parameter, Moved]
 
 _BLOCK = {"cpu": 2**17}  # entries: a dozen such blocks of float32 fit a core's cache
+_SHAPES = 64  # of blocks that are remembered
 _WHOLE = 2**26  # elsewhere: a device is kept busy by large blocks
 
 
@@ -25,6 +26,7 @@ class Room:
 
     def __init__(self) -> None:
         self._held: dict[tuple[str, nn.Parameter], Tensor] = {}
+        self._work: dict[tuple[torch.Size, torch.dtype, torch.device], list[Tensor]] = {}
 
     def like(self, name: str, p: nn.Parameter, dtype: torch.dtype) -> Tensor:
         """The tensor of this name for the parameter, laid out as it is; what it holds is what was written last."""
@@ -32,6 +34,15 @@ class Room:
         if held is None or held.shape != p.shape or held.dtype != dtype or held.device != p.device:
             held = self._held[name, p] = torch.empty_like(p.detach(), dtype=dtype)
         return held
+
+    def work(self, block: Tensor) -> list[Tensor]:
+        """Four tensors like the block to write to."""
+        key = block.shape, block.dtype, block.device
+        if key not in self._work:
+            if len(self._work) > _SHAPES:
+                self._work.clear()
+            self._work[key] = [torch.empty_like(block) for _ in range(4)]
+        return self._work[key]
 
 
 class Piece:
@@ -50,18 +61,20 @@ class Piece:
     @contextmanager
     def at(self, x: float) -> Iterator[None]:
         """The weights at the share x of the chord inside the block, and bit for bit what they were after it."""
-        kept: dict[nn.Parameter, Tensor] = {}
+        with torch.no_grad():
+            there = {p: self._place(p, x) for p in self._moves}
+        # memory that no other tensor looks at is exchanged, other memory is written to
+        alone = {p: self._moves[p].weight for p in there if _alone(p, self._moves[p])}
+        shared = [p for p in there if p not in alone]
         try:
-            with torch.no_grad():
-                for p in self._moves:
-                    before = self._room.like("weight", p, p.dtype)
-                    self._move(p, x, before)
-                    kept[p] = before
+            for p in alone:
+                p.data = there[p]
+            _exchange(shared, there)
             yield
         finally:
-            if kept:
-                with torch.no_grad():
-                    torch._foreach_copy_(list(kept), list(kept.values()))
+            for p, weight in alone.items():
+                p.data = weight
+            _exchange(shared, there)
 
     def pull(self, gradients: Sequence[Tensor | None]) -> dict[nn.Parameter, Tensor]:
         """The piece's part of q from the target's gradients, in the order of the moves; they are written over.
@@ -107,29 +120,47 @@ class Piece:
                     chord.copy_(part.update.chord(part, self._a, self._b))
                 self._chords[p] = whole
 
-    def _move(self, p: nn.Parameter, x: float, before: Tensor) -> None:
-        """Keep the weight in `before`, and move it to the share x of the chord."""
-        moved = self._moves[p]
+    def _place(self, p: nn.Parameter, x: float) -> Tensor:
+        """The weight at the share x of the chord, in memory of its own."""
+        moved, there = self._moves[p], self._room.like("weight", p, p.dtype)
         if p in self._coupled:
             start, back, _ = self._coupled[p]
-            before.copy_(p)
-            p.add_(torch.sub(start, back, alpha=x))
-            return
+            return torch.add(p, torch.sub(start, back, alpha=x), out=there)
         chord = self._chords.get(p)
         whole = chord if isinstance(chord, Tensor) else self._room.like("chord", p, moved.gradient.dtype)
-        for part, (weight, kept, chord_part) in _blocks(moved, [p.detach(), before, whole]):
-            kept.copy_(weight)
-            if isinstance(chord, float):
-                way = part.update.displacement(part, self._a).add_(part.gradient, alpha=-x * chord)
-            elif chord is None:
-                way, found = part.update.leg(part, self._a, self._b)
-                chord_part.copy_(found)
-                way.addcmul_(found, part.gradient, value=-x)
+        for part, (weight, chord_part) in _blocks(moved, [there, whole]):
+            weight.copy_(part.weight)
+            if chord is None:
+                part.update.place(part, self._a, self._b, x, chord_part, weight, self._room.work(weight))
+            elif isinstance(chord, float):
+                weight.add_(part.update.displacement(part, self._a).add_(part.gradient, alpha=-x * chord))
             else:
-                way = part.update.displacement(part, self._a).addcmul_(chord_part, part.gradient, value=-x)
-            weight.add_(way)
+                way = part.update.displacement(part, self._a)
+                weight.add_(way.addcmul_(chord_part, part.gradient, value=-x))
         if chord is None:
             self._chords[p] = whole
+        return there
+
+
+def _alone(p: nn.Parameter, moved: Moved) -> bool:
+    """Whether the parameter's memory is its own: part of no larger one, and looked at by no other tensor."""
+    storage = p.untyped_storage()
+    between_processes = p.device.type == "cpu" and storage.is_shared()
+    if type(p) is not nn.Parameter or storage.nbytes() != p.nbytes or between_processes:
+        return False
+    if storage.data_ptr() != moved.weight.untyped_storage().data_ptr():
+        return False
+    # the parameter, the moved weight, and what `storage` holds of it
+    return torch._C._storage_Use_Count(storage._cdata) <= 3
+
+
+@torch.no_grad()
+def _exchange(parameters: Sequence[nn.Parameter], others: Mapping[nn.Parameter, Tensor]) -> None:
+    """The parameters' values against those of the other tensors."""
+    for p in parameters:
+        kept = p.detach().clone()
+        p.copy_(others[p])
+        others[p].copy_(kept)
 
 
 def _blocks(moved: Moved, others: Sequence[Tensor]) -> Iterator[tuple[Moved, list[Tensor]]]:

@@ -202,7 +202,7 @@ class _Recording:
     def see(self, unit: Unit, output: Any) -> Any:
         index = sum(1 for other, _ in self.seen if other is unit)
         leaves, spec = tree_flatten(output)
-        self.seen[unit, index] = list(leaves)
+        self.seen[unit, index] = [x.detach() if isinstance(x, Tensor) else x for x in leaves]
         if self.expand is None:
             return None
         rows = self.expand.rows.get((unit, index), ())

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from inrun.capture import Captured
+from inrun.captured import Captured
 from inrun.errors import InrunError
 
 Id = int | str

@@ -2,8 +2,10 @@
 
 import math
 import random
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from typing import Any
 
 import numpy as np
@@ -31,6 +33,24 @@ def preserved_random_state(model: nn.Module) -> Iterator[None]:
         np.random.set_state(numpy_state)
 
 
+_aside: ContextVar[bool] = ContextVar("aside", default=False)
+
+
+def aside() -> bool:
+    """Whether a model is being run for something else than the user's own forward pass: a target, a probe."""
+    return _aside.get()
+
+
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    """What torch.compile made is not used inside the block: no graph of it holds the hooks, or is to hold them."""
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
 class Evaluation:
     """Runs a model in eval mode (or, with `evaluate=False`, in the mode it is in) and leaves it as it was.
 
@@ -39,6 +59,7 @@ class Evaluation:
 
     def __init__(self, model: nn.Module, *, evaluate: bool = True) -> None:
         self.model = model
+        self.autocast: torch.dtype | None = None  # the precision that the training's forward is cast to
         self._evaluate = evaluate
 
     @contextmanager
@@ -46,13 +67,15 @@ class Evaluation:
         modes = [(module, module.training) for module in self.model.modules()]
         buffers = [(module, dict(module._buffers), set(module._non_persistent_buffers_set)) for module, _ in modes]
         copies = [(b, b._version, b.clone()) for _, held, _ in buffers for b in held.values() if b is not None]
+        token = _aside.set(True)
         try:
             if self._evaluate:
                 for module, _ in modes:
                     module.training = False
-            with preserved_random_state(self.model):
+            with preserved_random_state(self.model), self._cast(), uncompiled():
                 yield
         finally:
+            _aside.reset(token)
             for module, mode in modes:
                 module.training = mode
             for module, held, passing in buffers:
@@ -63,6 +86,16 @@ class Evaluation:
                 for buffer, version, copy in copies:
                     if buffer._version != version:
                         buffer.copy_(copy)
+
+    @contextmanager
+    def _cast(self) -> Iterator[None]:
+        """Autocast as in the training's forward, or as it is; without the cache, which forgets who needs gradients."""
+        device = next(self.model.parameters()).device.type
+        dtype = self.autocast
+        if dtype is None and torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+        with nullcontext() if dtype is None else torch.autocast(device, dtype, cache_enabled=False):
+            yield
 
 
 class Target:

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from inrun.books import Audit, Group, check_conservation, losses_without_data
-from inrun.direction import Scheme
-from inrun.errors import NonFiniteError
+from inrun.direction import Scheme, Watch
+from inrun.errors import InrunError, NonFiniteError
+from inrun.formed import Ahead
 from inrun.game import Game, play
 from inrun.gradient import Received
 from inrun.piece import Moves
-from inrun.probe import Unit
 from inrun.step import Id, Microbatch, Step
 from inrun.tangent.contraction import contract
 from inrun.tangent.per_example import per_example_gradients
@@ -60,7 +60,11 @@ class Account:
 
     def __init__(self, targets: Sequence[Target], scheme: Scheme, groups: Sequence[Group]) -> None:
         self._targets, self._scheme, self._groups = targets, scheme, groups
-        self._group_of: dict[Unit, int] = {unit: k for k, group in enumerate(groups) for unit in group.units}
+        self._group_of = {p: k for k, group in enumerate(groups) for p in group.parameters}
+
+    def ahead(self, step: int, parameters: Sequence[nn.Parameter], watch: Watch) -> list[Ahead] | None:
+        """What every example's gradient of the step can be contracted with as soon as it is formed, by target."""
+        return self._scheme.ahead(self._targets, step, parameters, watch)
 
     def value(
         self,
@@ -87,21 +91,26 @@ class Account:
             valued.losses = losses_without_data(self._targets, step, moves)
         found = self._scheme.directions(self._targets, step, moves)
         scales = received.scales(moves)
-        device = next(iter(moves.values())).gradient.device
-        for name, direction in found.items():
-            # g_i as the optimizer receives it is scale * (g_i as backward made it); the scale goes over to q
-            q = direction.q if scales is None else {p: towards * scales[p] for p, towards in direction.q.items()}
-            seen, size = torch.zeros(2, len(self._groups), dtype=torch.float64, device=device)
-            parts = [contract(m.captured, q, self._group_of, seen, size) for m in pending]
-            values = torch.cat(parts).cpu()
-            if not bool(values.isfinite().all()):
+        # g_i as the optimizer receives it is scale * (g_i as backward made it); the scale goes over to q
+        directions = [direction.q for direction in found.values()]
+        if scales is not None:
+            directions = [{p: towards * scales[p] for p, towards in q.items()} for q in directions]
+        factors = self._factors(pending, moves, scales)
+        parts = [contract(m.captured, directions, factors, self._group_of, len(self._groups)) for m in pending]
+        values = torch.cat([part.values for part in parts], dim=1).cpu()
+        seen, size = (torch.stack(of).sum(dim=0) for of in zip(*((p.seen, p.size) for p in parts), strict=True))
+        coarse = {k for part in parts for k in part.coarse}
+        for k, (name, direction) in enumerate(found.items()):
+            if not bool(values[k].isfinite().all()):
                 raise NonFiniteError(f"a value for target {name!r} is not finite")
             where = f"step {step}, target {name!r}"
-            conservation = check_conservation(self._groups, seen, size, received.raw, q, where)
-            valued.step.values[name], valued.step.losses[name] = values, direction.loss
+            conservation = check_conservation(
+                self._groups, seen[k], size[k], received.raw, received.squares, directions[k], coarse, where
+            )
+            valued.step.values[name], valued.step.losses[name] = values[k], direction.loss
             valued.rows[name] = {
                 "loss": direction.loss,
-                "value": float(values.sum()),
+                "value": float(values[k].sum()),
                 "conservation": conservation,
                 "target_gradients": direction.target_gradients,
             }
@@ -111,6 +120,22 @@ class Account:
             for name, game in valued.games.items():
                 valued.rows[name] |= game.row()
         return valued
+
+    def _factors(
+        self, pending: Sequence[Microbatch], moves: Moves, scales: Mapping[nn.Parameter, Tensor] | None
+    ) -> dict[nn.Parameter, Tensor | float]:
+        """q over what gradients were contracted with on the spot, by parameter."""
+        factors: dict[nn.Parameter, Tensor | float] = {}
+        for p in {p for microbatch in pending for p in microbatch.captured.formed.paid}:
+            rate, scale = moves[p].update.rate(moves[p], 0.0, 1.0), 1.0 if scales is None else scales[p]
+            assert rate is not None
+            if isinstance(scale, Tensor) and scale.ndim:
+                raise InrunError(
+                    "a gradient was clipped by value, while under scheme='first' with SGD every example's gradient is "
+                    "used as soon as it is formed, before that is known: give the Attributor kernel='tangent'."
+                )
+            factors[p] = rate * scale
+        return factors
 
     def finished(self, valued: Valued, row: Mapping[str, Any]) -> list[Valued]:
         """The steps that are final now that the optimizers have taken this one, their rows complete."""

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 from inrun import Attributor
-from inrun.capture import Captured
+from inrun.captured import Captured
+from inrun.kernels import Kernel
 from inrun.oracle import per_example_gradients as oracle
 from inrun.tangent.per_example import per_example_gradients, pulled_back, rule_of
 from tests.core.test_traps import OnUnrolled, Positions, Switching, Tied
@@ -125,13 +126,13 @@ SPECIAL = {
 }  # fmt: skip
 
 
-def attributed(model: nn.Module, case: Case) -> Attributor:
+def attributed(model: nn.Module, case: Case, kernel: Kernel = "tangent") -> Attributor:
     trained = [p for p in model.parameters() if p.requires_grad]
-    return Attributor(model, SGD(trained, lr=0.1), {"t": case.batch(3, 99)}, case.loss)
+    return Attributor(model, SGD(trained, lr=0.1), {"t": case.batch(3, 99)}, case.loss, kernel=kernel)
 
 
-def capture(model: nn.Module, case: Case, batch: Any, seed: int) -> Captured:
-    with attributed(model, case).batch(range(N)) as microbatch:
+def capture(model: nn.Module, case: Case, batch: Any, seed: int, kernel: Kernel = "tangent") -> Captured:
+    with attributed(model, case, kernel).batch(range(N)) as microbatch:
         torch.manual_seed(seed)
         case.loss(model, batch).backward()
     return microbatch.captured
@@ -144,15 +145,16 @@ def assert_close(g: Tensor, wanted: Tensor, what: str) -> None:
     assert float((g - wanted).abs().max()) <= 1e-10 * scale, what
 
 
+@pytest.mark.parametrize("kernel", ["tangent", "perexample"])
 @pytest.mark.parametrize("name", [*CASES, *SPECIAL])
-def test_gradients_are_the_oracles_and_add_up_to_the_batchs(name: str) -> None:
+def test_gradients_are_the_oracles_and_add_up_to_the_batchs(name: str, kernel: Kernel) -> None:
     case = {**CASES, **SPECIAL}[name]
     torch.manual_seed(0)
     model = case.build()
     batch = case.batch(N, 7)
     torch.manual_seed(3)
     wanted = oracle(model, case.parts(batch, N))
-    captured = capture(model, case, batch, seed=3)
+    captured = capture(model, case, batch, seed=3, kernel=kernel)
     model.eval()  # the mode and the random state are the call's, not today's
     state = torch.get_rng_state()
     buffers = {name: b.clone() for name, b in model.named_buffers()}

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from inrun import Attributor
+from inrun.kernels import Kernel
 from inrun.oracle import per_example_gradients
 from tests.models import CASES, Case, tokens
 from tests.reference import reference_direction
@@ -37,18 +38,29 @@ def clip(model: nn.Module, how: str) -> None:
 
 
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize(("scheme", "nodes"), [("first", 1), ("path", 1), ("path", 3)])
-@pytest.mark.parametrize("kind", OPTIMIZERS)
+@pytest.mark.parametrize(
+    ("kind", "scheme", "nodes", "kernel"),
+    [
+        *((kind, *way, "tangent") for kind in OPTIMIZERS for way in (("first", 1), ("path", 1), ("path", 3))),
+        *((kind, *way, "perexample") for kind in OPTIMIZERS for way in (("first", 1), ("path", 1))),
+        ("sgd", "first", 1, "ghost"),
+        ("sgd", "first", 1, "auto"),
+        ("adamw", "path", 1, "auto"),
+    ],
+)
 @pytest.mark.parametrize("name", CASES)
-def test_values_are_the_oracles(name: str, kind: str, scheme: Literal["first", "path"], nodes: int) -> None:
+def test_values_are_the_oracles(
+    name: str, kind: str, scheme: Literal["first", "path"], nodes: int, kernel: Kernel
+) -> None:
     """Two targets, accumulation over uneven batches, and each way of clipping, over four steps."""
+    at_once = kind == "sgd" and scheme == "first" and kernel != "tangent"  # and then no value survives its clipping
     case = CASES[name]
     torch.manual_seed(0)
     model = case.build()
     optimizer: Optimizer = OPTIMIZERS[kind](model.parameters())
     targets = {"one": case.batch(4, 90), "many": [case.batch(3, 91), case.batch(2, 92)]}
-    attributor = Attributor(model, optimizer, targets, case.loss, scheme=scheme, nodes=nodes)
-    for step, how in enumerate(("none", "norm", "value", "norm"), start=1):
+    attributor = Attributor(model, optimizer, targets, case.loss, scheme=scheme, nodes=nodes, kernel=kernel)
+    for step, how in enumerate(("none", "norm", "none" if at_once else "value", "norm"), start=1):
         sizes = [5, 3]
         batches = [case.batch(n, 10 * step + n) for n in sizes]
         g = contributions(model, case, batches, sizes, parts=2)

@@ -8,20 +8,24 @@ again and pulled back once for every example.
 Shapes: N examples, R rows of each, I and O features in and out, D of an embedding, V entries of its table.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.modules.module import _global_forward_hooks
 from torch.utils._pytree import tree_flatten
 
-from inrun.capture import Call, Captured, _Hook
+from inrun.captured import Call, Captured, Hook
 from inrun.rows import Rows
-from inrun.tangent.generic import in_mode, run_again
+from inrun.tangent.generic import run_again
 from inrun.tangent.linear import linear_in_parameters
 from inrun.tangent.rules import Rules
 
 # rule(call, examples) -> [examples, *shape] by the parameter's name in the unit, of trained parameters at least
+_PART = 2**18  # entries: on a processor
+
 Rule = Callable[[Call, int], dict[str, Tensor]]
 
 rules: Rules[Rule] = Rules()
@@ -33,9 +37,10 @@ def per_example_gradients(captured: Captured) -> dict[nn.Parameter, Tensor]:
     The parameters are those of the units that a gradient came back to; any other has a gradient of zero. All of it is
     formed, examples times the size of the model: for small models, and for steps that are looked at closely.
     """
-    found: dict[nn.Parameter, Tensor] = {}
+    found = captured.formed.contributions()
     for call in captured.calls:
-        part = (rule_of(call) or pulled_back)(call, captured.examples)
+        with call.again():
+            part = (rule_of(call) or pulled_back)(call, captured.examples)
         for name, p in call.unit.parameters.items():
             g = part[name].to(p.dtype)
             found[p] = found[p].add_(g) if p in found else g
@@ -45,9 +50,13 @@ def per_example_gradients(captured: Captured) -> dict[nn.Parameter, Tensor]:
 def rule_of(call: Call) -> Rule | None:
     """The closed form for this call, None where there is none."""
     module = call.unit.module
-    # a rule that does not run the module would miss what another's hook, or a forward put in its place, does
-    changed = any(not isinstance(hook, _Hook) for hook in module._forward_hooks.values()) or "forward" in vars(module)
-    return None if changed else rules.of(module)
+    return rules.of(module) if unchanged(module) else None
+
+
+def unchanged(module: nn.Module) -> bool:
+    """Whether its type alone says what the module computes: no hook of another's, no forward put in its place."""
+    hooks = (*module._forward_hooks.values(), *_global_forward_hooks.values())
+    return all(isinstance(hook, Hook) for hook in hooks) and "forward" not in vars(module)
 
 
 def pulled_back(call: Call, examples: int) -> dict[str, Tensor]:
@@ -55,7 +64,7 @@ def pulled_back(call: Call, examples: int) -> dict[str, Tensor]:
     own = {name: p.detach().requires_grad_() for name, p in call.unit.parameters.items()}
     found = {name: p.new_zeros(examples, *p.shape) for name, p in own.items()}
     replayed = call.random_state.replayed() if call.random_state is not None else nullcontext()
-    with torch.enable_grad(), in_mode(call.unit.module, call.training), replayed:
+    with torch.enable_grad(), replayed:
         leaves, _ = tree_flatten(run_again(call.unit.module, own, call.args, call.kwargs))
         outputs, parts = [], []
         for leaf, rows, gradient in zip(leaves, call.rows, call.gradients, strict=True):
@@ -133,15 +142,37 @@ def _embedding(call: Call, examples: int) -> dict[str, Tensor]:
 def _norm(call: Call, examples: int) -> dict[str, Tensor]:
     """y = x * w + b over the last dimensions, with x the norm run with weight one and bias zero."""
     gradient, rows = _output(call)
-    found = {}
-    for name, p in call.unit.parameters.items():
-        with_x = gradient
-        if name == "weight":
-            with_x = gradient * linear_in_parameters(
-                call.unit.module, {"weight": torch.ones_like(p)}, call.args, call.kwargs
-            )
-        found[name] = _by_rows(with_x, rows, examples, *p.shape).sum(dim=1)
+    parameters = call.unit.parameters
+    found: dict[str, list[Tensor]] = {name: [] for name in parameters}
+    for some, x, b in _in_parts(call, gradient, rows, examples):
+        for name, p in parameters.items():
+            with_x = b
+            if name == "weight":
+                with_x = _normalised(call.unit.module, x, p) * b
+            found[name].append(_by_rows(with_x, rows, some, *p.shape).sum(dim=1))
+    return {name: torch.cat(parts) for name, parts in found.items()}
+
+
+def _normalised(module: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
+    """What the norm makes of x before its weight."""
+    if type(module) is nn.LayerNorm:
+        return functional.layer_norm(x, module.normalized_shape, None, None, module.eps)
+    if type(module) is nn.RMSNorm:
+        return functional.rms_norm(x, module.normalized_shape, None, module.eps)
+    found: Tensor = linear_in_parameters(module, {"weight": torch.ones_like(weight)}, (x,), {})
     return found
+
+
+def _in_parts(call: Call, gradient: Tensor, rows: Rows, examples: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Some examples' rows of the input and the output's gradient at a time: as many as fit a processor's cache."""
+    x = _input(call)
+    some = max(1, _PART * examples // max(1, gradient.numel()))
+    if rows.dim != 0 or not rows.blocks or len(x) != len(gradient) or some >= examples:
+        yield examples, x, gradient
+        return
+    entries = len(gradient) // examples
+    for parts in zip(torch.split(x, some * entries), torch.split(gradient, some * entries), strict=True):
+        yield len(parts[0]) // entries, *parts
 
 
 def _output(call: Call) -> tuple[Tensor, Rows]:

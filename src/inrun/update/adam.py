@@ -9,6 +9,9 @@ in which both differences have the factor G in closed form, so that nothing canc
 (m(b) - m(a)) / G = (1 - beta1)(b - a) and (v(b) - v(a)) / G = (1 - beta2)(b - a)(g(a) + g(b)).
 """
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -22,26 +25,58 @@ class AdamUpdate(Update):
     def displacement(self, moved: Moved, s: float, *, decay: bool = True) -> Tensor:
         step = _Step(moved, decay)
         g = step.gradient(s)
-        return step.move(step.mean(g).div_(step.root(step.square(g)).add_(step.eps)))
+        move = step.mean(g).div_(step.root(step.square(g)).add_(step.eps)).mul_(-step.rate)
+        if decay and step.decoupled:
+            move.add_(moved.weight, alpha=-step.lr * step.weight_decay)
+        return move
 
     def chord(self, moved: Moved, a: float, b: float) -> Tensor:
-        return self.leg(moved, a, b)[1]
-
-    def leg(self, moved: Moved, a: float, b: float) -> tuple[Tensor, Tensor]:
         step = _Step(moved, decay=True)
         g_a, g_b = step.gradient(a), step.gradient(b)
         v_a, v_b = step.square(g_a), step.square(g_b)
         r_a, r_b = step.root(v_a), step.root(v_b)
-        # where G = 0 the chord is the quotient's limit, which a coordinate without a past does not have
-        defined = torch.logical_or(moved.gradient, r_b)
-        # (r(b) - r(a)) / G; where both roots are zero the squares underflowed, and neither moves
-        turn = g_b.add_(g_a).div_(r_a + r_b).nan_to_num_(0.0, 0.0, 0.0)
+        # (r(b) - r(a)) / G, but for a number. Where both roots are zero: the squares underflowed and neither moves; or,
+        # if G = 0, it is NaN, and the chord is the quotient's limit, which a coordinate without a past does not have
+        turn = torch.add(g_a, g_b).div_(r_a + r_b).nan_to_num_(math.nan, 0.0, 0.0)
         if step.floor is not None:
             turn.mul_(_share_above(step.floor, v_a, v_b))
-        way = step.mean(g_a).div_(r_a.add_(step.eps))
-        turn.mul_(way).mul_(-step.rate * step.sign * (1 - step.beta2) * (b - a) / step.bias2)
-        chord = turn.add_(step.rate * step.sign * (1 - step.beta1) * (b - a)).div_(r_b.add_(step.eps)).mul_(defined)
-        return step.move(way), chord
+        turn.mul_(step.mean(g_a)).div_(r_a.add_(step.eps))
+        turn.mul_(-step.rate * step.sign * (1 - step.beta2) * (b - a) / step.bias2)
+        chord = turn.add_(step.rate * step.sign * (1 - step.beta1) * (b - a)).div_(r_b.add_(step.eps))
+        return chord.nan_to_num_(0.0, math.inf, -math.inf)
+
+    def place(
+        self, moved: Moved, a: float, b: float, x: float, chord: Tensor, weight: Tensor, work: Sequence[Tensor]
+    ) -> None:
+        step, G, m, v = (
+            _Step(moved, decay=True),
+            moved.gradient,
+            moved.state.get("exp_avg"),
+            moved.state.get("exp_avg_sq"),
+        )
+        if (
+            a != 0
+            or m is None
+            or v is None
+            or step.floor is not None
+            or step.pull is not None
+            or weight.element_size() < 4
+        ):
+            super().place(moved, a, b, x, chord, weight, work)
+            return
+        # `chord` and `displacement` with what they share computed once, all factors in one place, and no new memory
+        r_a, r_b, way, _ = work
+        torch.mul(v, step.beta2 / step.bias2, out=r_a)
+        torch.addcmul(r_a, G, G, value=b * b * (1 - step.beta2) / step.bias2, out=r_b)
+        torch.add(r_a.sqrt_(), r_b.sqrt_(), out=way)
+        torch.div(G, way, out=chord).nan_to_num_(math.nan, 0.0, 0.0)
+        torch.div(m, r_a.add_(step.eps), out=way)
+        turn = step.rate * step.beta1 * (1 - step.beta2) * b * b / step.bias2
+        chord.mul_(way).mul_(-turn).add_(step.rate * step.sign * (1 - step.beta1) * b)
+        chord.div_(r_b.add_(step.eps)).nan_to_num_(0.0, math.inf, -math.inf)
+        if step.decoupled:
+            weight.mul_(1 - step.lr * step.weight_decay)
+        weight.add_(way, alpha=-step.rate * step.beta1).addcmul_(chord, G, value=-x)
 
     def mix(self, moved: Moved) -> Mix:
         step = _Step(moved, decay=True)
@@ -78,17 +113,11 @@ class _Step:
         self.bias2 = 1 - self.beta2**t
         self.sign = -1.0 if group["maximize"] else 1.0
         coupled = decay and self.weight_decay != 0 and not self.decoupled
-        self._pulls = decay and self.decoupled
         self._moved, self.pull = moved, self.weight_decay * moved.weight if coupled else None
         self._mean, self._square = state.get("exp_avg"), state.get("exp_avg_sq")
         self.floor: Tensor | None = None
         if group["amsgrad"]:
             self.floor = state["max_exp_avg_sq"] if "max_exp_avg_sq" in state else torch.zeros_like(moved.weight)
-
-    def move(self, way: Tensor) -> Tensor:
-        """D(s), of m(s) / R(s), which is written over."""
-        way.mul_(-self.rate)
-        return way.add_(self._moved.weight, alpha=-self.lr * self.weight_decay) if self._pulls else way
 
     def gradient(self, s: float) -> Tensor:
         """g(s): what the moments take in."""

@@ -10,7 +10,7 @@ so that the move over the piece is -c * G, shared out to the examples as -c * g_
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -83,9 +83,17 @@ class Update(ABC):
         none = moved.gradient.abs() < torch.finfo(moved.gradient.dtype).tiny
         return torch.where(none, 0.0, difference / wide.gradient).to(moved.gradient.dtype)
 
-    def leg(self, moved: Moved, a: float, b: float) -> tuple[Tensor, Tensor]:
-        """D(aG) and the chord of [a, b], two new tensors: override it where they have work in common."""
-        return self.displacement(moved, a), self.chord(moved, a, b)
+    def place(
+        self, moved: Moved, a: float, b: float, x: float, chord: Tensor, weight: Tensor, work: Sequence[Tensor]
+    ) -> None:
+        """Write the chord of [a, b] to `chord`, and add D(aG) - x * chord * G to `weight`, which is the moved weight.
+
+        It is called with blocks of the parameter. Override it where the optimizer is used a lot, with few operations;
+        `work` holds four tensors of the block's shape to write to.
+        """
+        way = self.displacement(moved, a)
+        chord.copy_(self.chord(moved, a, b))
+        weight.add_(way.addcmul_(chord, moved.gradient, value=-x))
 
     def rate(self, moved: Moved, a: float, b: float) -> float | None:
         """The chord where it is one number for all coordinates and any gradient, as of SGD; None elsewhere."""

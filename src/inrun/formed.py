@@ -1,0 +1,151 @@
+"""What a backward pass formed of every example's own gradients: kept until q is known, or contracted on the spot.
+
+Where a scheme's q is, but for one number by parameter, the target's gradient before the step (`first` under SGD), it
+can be had before the backward pass, and each part of g_i is contracted as soon as it is made. Elsewhere g_i is kept
+until the optimizer's move and the target's gradient are there.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from inrun.errors import InrunError
+from inrun.probe import Unit
+from inrun.tangent.ghost import Pair
+
+_COLUMNS = 2**16  # entries of a parameter that are contracted at once in another precision than they are in
+
+
+@dataclass
+class Ahead:
+    """A target's gradient by parameter, taken before the backward pass; and of the units that use it, the inputs and
+    output gradients of their calls, of which it is the product.
+    """
+
+    gradient: dict[nn.Parameter, Tensor]
+    pairs: dict[Unit, list[Pair]]
+
+
+class Pool:
+    """Large tensors that every step needs again."""
+
+    def __init__(self) -> None:
+        self._free: dict[nn.Parameter | None, list[Tensor]] = {}
+
+    def take(self, key: nn.Parameter | None, entries: int, like: Tensor, dtype: torch.dtype) -> Tensor:
+        """A flat tensor of at least so many entries."""
+        free = self._free.get(key, [])
+        for k, held in enumerate(free):
+            if held.numel() >= entries and held.dtype == dtype and held.device == like.device:
+                return free.pop(k)
+        free.clear()  # too small, or of before
+        return torch.empty(entries, dtype=dtype, device=like.device)
+
+    def give(self, key: nn.Parameter | None, held: Tensor) -> None:
+        """What will not be read any more."""
+        self._free.setdefault(key, []).append(held)
+
+
+class Formed:
+    """One batch's gradients by parameter, of those units that form them (a `Sink` of inrun.tangent.fused).
+
+    `kept` holds g_i, [examples, *shape]; or `paid`, <g_i, v> with every target's gradient v in `ahead`, float64
+    [targets, examples].
+    """
+
+    def __init__(
+        self,
+        examples: int,
+        trained: Mapping[nn.Parameter, str],
+        pool: Pool,
+        ahead: Sequence[Ahead] | None = None,
+    ) -> None:
+        self.examples, self.ahead = examples, ahead
+        self.kept: dict[nn.Parameter, Tensor] = {}
+        self.paid: dict[nn.Parameter, Tensor] = {}
+        self.coarse: set[nn.Parameter] = set()  # whose sum backward made in half precision
+        self._trained, self._pool = trained, pool
+        self._held: list[tuple[nn.Parameter | None, Tensor]] = []
+
+    def __bool__(self) -> bool:
+        return bool(self.kept or self.paid)
+
+    @property
+    def keeps(self) -> bool:
+        """Whether g_i is kept, not contracted at once."""
+        return self.ahead is None
+
+    def room(self, p: nn.Parameter, rows: slice, dtype: torch.dtype) -> Tensor:
+        """Where to write [examples, *shape] for these rows of the parameter."""
+        shape = (self.examples, rows.stop - rows.start, *p.shape[1:])
+        lasting = self.ahead is None and p not in self.kept and p in self._trained
+        key = p if lasting else None
+        entries = self.examples * p[rows].numel()
+        held = self._pool.take(key, entries, p, dtype)
+        if lasting:
+            self._held.append((key, held))
+        else:
+            self._pool.give(key, held)  # it is read in `take`, before the next room is asked for
+        return held[:entries].view(shape)
+
+    def take(self, p: nn.Parameter, rows: slice, g: Tensor) -> None:
+        """[examples, *shape] of these rows of the parameter."""
+        if p not in self._trained:
+            return
+        if self.ahead is None:
+            if p in self.kept:
+                before = self.kept[p]
+                # a sum of half precision is kept in the parameter's own
+                self.kept[p] = before.add_(g) if before.dtype == p.dtype else before.to(p.dtype).add_(g)
+            else:
+                self.kept[p] = g
+            return
+        vectors = [of.gradient for of in self.ahead]
+        self.pay(p, shares(g, [v[p][rows] if p in v else torch.zeros_like(p[rows]) for v in vectors]))
+
+    def pay(self, p: nn.Parameter, found: Tensor) -> None:
+        """<g_i, v>, [targets, examples]: a part of it."""
+        self.paid[p] = self.paid[p].add_(found) if p in self.paid else found
+
+    def contributions(self) -> dict[nn.Parameter, Tensor]:
+        """A copy of g_i in the parameters' own precision.
+
+        Raises InrunError if they were contracted on the spot.
+        """
+        if self.paid:
+            raise InrunError(
+                "under scheme='first' with SGD every example's gradient is used as soon as it is formed, and is not "
+                "there any more for a game: give the Attributor kernel='tangent', or audit_permutations= at once."
+            )
+        return {p: g.to(p.dtype, copy=True) for p, g in self.kept.items()}
+
+    def replace(self, kept: dict[nn.Parameter, Tensor]) -> None:
+        """Read these copies of what is kept from now on."""
+        self.release()
+        self.kept = kept
+
+    def release(self) -> None:
+        """Let the memory be used again: nothing of this batch is read any more."""
+        self.kept = {}
+        for key, held in self._held:
+            self._pool.give(key, held)
+        self._held = []
+
+
+def shares(g: Tensor, vectors: Sequence[Tensor]) -> Tensor:
+    """<g_i, v> of every vector v, which has the shape of g[0]: float64 [vectors, examples]."""
+    if not vectors:
+        return torch.zeros(0, len(g), dtype=torch.float64, device=g.device)
+    rows, flat = g.reshape(len(g), -1), [v.reshape(-1) for v in vectors]
+    if rows.dtype != flat[0].dtype:  # as under autocast: a product in the lower precision would lose digits
+        found = torch.zeros(len(g), len(flat), dtype=torch.float64, device=g.device)
+        for begin in range(0, rows.shape[1], _COLUMNS):
+            some = slice(begin, begin + _COLUMNS)
+            part = rows[:, some].to(flat[0].dtype)
+            found += torch.stack([part @ v[some] for v in flat], dim=1)
+        return found.T
+    if len(flat) > 1 and rows.shape[1] <= _COLUMNS:
+        return (torch.stack(flat) @ rows.T).double()
+    return torch.stack([rows @ v for v in flat]).double()

@@ -1,0 +1,143 @@
+"""Which kernel each unit uses to get to <g_i, q> (design, 2.4), and what it costs beyond plain training.
+
+| kernel       | what it does                                                   | work beyond plain training        |
+|--------------|----------------------------------------------------------------|-----------------------------------|
+| `perexample` | forms g_i in the backward pass, in place of their sum          | N I O entries written and read    |
+|              | ... or at the step, from what was kept of the call (`late`)    | and 2 N R I O operations          |
+| `tangent`    | keeps input and output gradient, runs the unit again with q    | 2 N R I O operations a target     |
+| `ghost`      | (a_i . a_j)(b_i . b_j), summed over rows of example and target | 2 N R M (I + O) operations each   |
+
+for N examples of R rows, M rows of a target, I features in and O out. What is cheapest follows from these shapes and
+from how many operations the device does while it moves a byte, never from a clock: a run takes the same way each time.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from inrun.captured import Captured
+from inrun.errors import InrunError
+from inrun.probe import Unit
+from inrun.tangent.fused import fuses, turned
+from inrun.tangent.per_example import unchanged
+
+Kernel = Literal["auto", "tangent", "perexample", "ghost"]
+How = Literal["fused", "formed", "late", "tangent", "ghost"]
+
+# floating point operations in the time of a byte, by the bytes of a number: a server's core, an H100
+_INTENSITY = {"cpu": {8: 6, 4: 12, 2: 40}, "cuda": {8: 10, 4: 20, 2: 240}}
+# g_i may take up to so many times the memory of the inputs and output gradients that the unit would keep instead
+_LARGER = 2.0
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One call of a linear unit: N examples of R rows, I features in and O out, numbers of so many bytes."""
+
+    N: int
+    R: int
+    I: int  # noqa: E741
+    O: int  # noqa: E741
+    size: int
+
+    @property
+    def formed(self) -> int:
+        """Bytes of all g_i."""
+        return self.N * self.I * self.O * self.size
+
+    @property
+    def pair(self) -> int:
+        """Bytes of inputs and output gradients."""
+        return self.N * self.R * (self.I + self.O) * self.size
+
+
+class Kernels:
+    """The choice, unit by unit.
+
+    Args:
+        targets: how many.
+        at_once: examples' gradients are contracted as soon as they are formed (inrun.formed).
+        memory: bytes that gradients formed in a step may take; None: what the shapes say.
+    """
+
+    def __init__(self, kernel: Kernel, units: Sequence[Unit], targets: int, at_once: bool, memory: int | None) -> None:
+        if kernel == "ghost" and not at_once:
+            raise InrunError(
+                "kernel='ghost' contracts the gradients of examples and targets as they are, which is what "
+                "scheme='first' with plain SGD (momentum='account') values. Use kernel='auto'."
+            )
+        uses = Counter(p for unit in units for p in unit.parameters.values())
+        self._alone = {unit for unit in units if all(uses[p] == 1 for p in unit.parameters.values())}
+        self._kernel, self._targets, self._at_once, self._memory = kernel, targets, at_once, memory
+        self._used = 0
+        self.chosen: dict[tuple[Unit, Shape | None], How] = {}
+
+    def begin(self) -> None:
+        """A new step: no gradient is kept."""
+        self._used = 0
+
+    def watches(self, unit: Unit) -> bool:
+        """Whether the unit can use the inputs and output gradients of a target's pass."""
+        ghostly = self._at_once and self._kernel in ("auto", "ghost") and unit in self._alone
+        return ghostly and _linear(unit) and unchanged(unit.module)
+
+    def of(self, unit: Unit, captured: Captured, output: Tensor) -> How:
+        """How the unit's call with this output is valued."""
+        shape = _shape(unit, captured.examples, output)
+        pairs = [of.pairs.get(unit, []) for of in captured.formed.ahead or ()]
+        rows = [sum(len(a) for a, _ in of) for of in pairs] if all(pairs) else []
+        how = self._how(unit, shape, rows)
+        if how == "fused" and shape is not None and not self._at_once:
+            self._used += shape.formed
+        self.chosen[unit, shape] = how
+        return how
+
+    def _how(self, unit: Unit, shape: Shape | None, target_rows: Sequence[int]) -> How:
+        if shape is None:
+            # rows of a table are picked; what has few parameters is formed, and what has neither is run again
+            small = not isinstance(unit.module, nn.Embedding)
+            return "formed" if small and self._kernel != "tangent" else "tangent"
+        if self._kernel == "tangent":
+            return "tangent"
+        room = self._at_once or (
+            shape.formed <= _LARGER * shape.pair if self._memory is None else self._used + shape.formed <= self._memory
+        )
+        if self._kernel == "ghost" and target_rows:
+            return "ghost"
+        if self._kernel in ("perexample", "ghost"):
+            return "fused" if room or self._memory is None else "late"
+        costs: dict[How, float] = {"tangent": self.cost("tangent", shape), "late": self.cost("late", shape)}
+        if room:
+            costs["fused"] = self.cost("fused", shape)
+        if target_rows:
+            costs["ghost"] = self.cost("ghost", shape, target_rows)
+        return min(costs, key=lambda how: costs[how])
+
+    def cost(self, how: How, shape: Shape, target_rows: Sequence[int] = ()) -> float:
+        """Work beyond plain training, in floating point operations."""
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        of_a_byte, K = _INTENSITY[device][shape.size], self._targets
+        products = 2.0 * shape.N * shape.R * shape.I * shape.O
+        if how == "tangent":
+            return K * (products + 3 * shape.N * shape.R * shape.O * shape.size * of_a_byte)
+        if how == "ghost":
+            inner = shape.N * shape.R * sum(target_rows)
+            return inner * (2.0 * (shape.I + shape.O) + 3 * shape.size * of_a_byte)
+        return (products if how == "late" else 0) + (2 + K) * shape.formed * of_a_byte
+
+
+def _linear(unit: Unit) -> bool:
+    return fuses(unit.module) and "weight" in unit.parameters
+
+
+def _shape(unit: Unit, examples: int, output: Tensor) -> Shape | None:
+    module = unit.module
+    if not _linear(unit):
+        return None
+    weight = unit.parameters["weight"]
+    O, I = reversed(weight.shape) if turned(module) else weight.shape  # noqa: E741
+    return Shape(examples, output.numel() // (examples * O), I, O, output.element_size())
