@@ -60,6 +60,7 @@ class Attributor:
             ... up to `max_nodes`, until the values add up to the measured drop of the target's loss, to `tolerance` of
             it.
         rule: where the nodes lie: in the middles of equal pieces ("midpoint"), or where Gauss and Legendre put them.
+        refresh: with "first", take a target's gradient every so many steps and use it for all of them.
         momentum: "account" books what old momentum does to an account of its own; "credit" pays it to the examples
             whose gradients it holds, so that a step's values are final only when its momentum has died away
             (inrun.credit).
@@ -97,6 +98,7 @@ class Attributor:
         rule: Literal["midpoint", "gauss"] = "midpoint",
         tolerance: float = 0.02,
         max_nodes: int = 9,
+        refresh: int = 1,
         momentum: Literal["account", "credit"] = "account",
         memory: int | Literal["auto"] = "auto",
         kernel: Kernel = "auto",
@@ -129,19 +131,19 @@ class Attributor:
         self.train_loss: float | None = None
         self.total = 0.0
         self._nonfinite, self._audit_every, self._permutations = nonfinite, audit_every, audit_permutations
-        way = scheme_of(scheme, nodes, rule, tolerance, max_nodes)
+        way = scheme_of(scheme, nodes, rule, tolerance, max_nodes, refresh)
         self._updates = {optimizer: update_of(optimizer) for optimizer in self.optimizers}
         self._names = trained_parameters(model, self.optimizers)
         units = find_units(model, set(self._names))
         self._evaluation = evaluation = Evaluation(model)
-        self._targets = [Target(name, batches, loss, evaluation) for name, batches in targets.items()]
+        self._targets = [Target(name, batches, loss, evaluation, refresh) for name, batches in targets.items()]
         for target in self._targets:
             target.gradient(0, list(self._names))  # a target that cannot be used is refused now, not in mid-run
         groups = groups_of(units)
         self._account: Account | Credit
         if momentum == "credit":
-            if audit_permutations or nonfinite == "skip":
-                raise InrunError("momentum='credit' goes with neither audit_permutations= nor nonfinite='skip'.")
+            if audit_permutations or nonfinite == "skip" or refresh != 1:
+                raise InrunError("momentum='credit' goes with none of audit_permutations=, nonfinite='skip', refresh=.")
             scratch = Scratch(
                 free_memory() // 2 if memory == "auto" else memory, None if ledger is None else Path(ledger)
             )
@@ -154,6 +156,7 @@ class Attributor:
         self._id_type: type[int] | type[str] | None = None
         self._waiting: _Waiting | None = None
         self._noted = False
+        self._problem: NonFiniteError | None = None
         self._games: dict[str, Game] = {}
         self._checks_left = _CHECKS
         self._ledger: LedgerWriter | None = None
@@ -168,6 +171,7 @@ class Attributor:
                 momentum=momentum,
                 audit_every=audit_every,
                 audit_permutations=audit_permutations,
+                **({"refresh": refresh} if refresh != 1 else {}),
                 **({"tolerance": tolerance, "max_nodes": max_nodes} if nodes == "adaptive" else {}),
                 **({"double_backward": DOUBLE_BACKWARD} if scheme == "second" else {}),
             )
@@ -177,7 +181,9 @@ class Attributor:
             and momentum == "account"
             and all(type(update).rate is not Update.rate for update in self._updates.values())
         )
-        self._kernels = Kernels(kernel, units, len(targets), self._at_once, None if memory == "auto" else memory)
+        self._kernels = Kernels(
+            kernel, units, len(targets), self._at_once, refresh, None if memory == "auto" else memory
+        )
         self._capture = Capture(model, units, self._kernels, batch_dim)
         self._pool = Pool()
         self._scratch = Scratch(0, None if ledger is None else Path(ledger))
@@ -223,6 +229,7 @@ class Attributor:
         self._open = True
         if not self._pending:
             self._kernels.begin()
+            self._problem = None
         captured = Captured(len(found), Formed(len(found), self._names, self._pool))
         try:
             with uncompiled(), self._capture.batch(captured, lambda: self._look_ahead(captured)):
@@ -258,14 +265,19 @@ class Attributor:
         """Ahead of a forward pass: get the target's gradients, if examples' gradients can be contracted with them."""
         step = self.step + 1
         game = self._permutations and step % self._audit_every == 0
-        if self._at_once and not game and captured.formed.ahead is None:
+        if not self._at_once or game or captured.formed.ahead is not None:
+            return
+        try:
             captured.formed.ahead = self._account.ahead(step, list(self._names), self._capture.watch)
+        except NonFiniteError as problem:
+            captured.formed.ahead, self._problem = [], problem  # it is the step's, not the forward pass's
 
     def discard(self) -> None:
         """Forget the batches since the last step, for a loop that drops their gradients instead of stepping."""
         for microbatch in self._pending:
             microbatch.captured.release()
         self._pending, self._waiting, self._games = [], None, {}
+        self._account.forget()
 
     def _audit(self, permutations: int, seed: int) -> dict[str, Game]:
         if self._open or self._waiting is not None or not self._pending:
@@ -389,6 +401,8 @@ class Attributor:
         waiting = _Waiting(set(self.optimizers))
         audited = self._audit_every > 0 and step % self._audit_every == 0
         try:
+            if self._problem is not None:
+                raise self._problem
             self._check_finite(moves, waiting)
             waiting.valued = self._value(step, moves, audited, self._permutations if audited else 0)
         except NonFiniteError as problem:

@@ -265,6 +265,9 @@ class Credit:
                 "(adapters), take smaller batches, make room, or use momentum='account'."
             )
 
+    def forget(self) -> None:
+        """Nothing of a target is kept."""
+
     def state_dict(self) -> dict[str, Any]:
         """Everything that waits, as plain values and tensors."""
         return {

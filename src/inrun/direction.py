@@ -18,7 +18,7 @@ equally spaced ones, until the values' sum is the loss that the move really remo
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -58,9 +58,18 @@ class Scheme(Protocol):
     ) -> list[Ahead] | None:
         """Every target's gradient, if q will be it but for one number by parameter; None if that is not known yet."""
 
+    def forget(self) -> None:
+        """Take every gradient anew: the weights may have changed otherwise than by a step."""
+
+    def state_dict(self, names: Mapping[nn.Parameter, str]) -> dict[str, Any]:
+        """What later steps need of this one, as plain values and tensors."""
+
+    def load_state_dict(self, state: Mapping[str, Any], names: Mapping[nn.Parameter, str]) -> None:
+        """The counterpart of `state_dict`."""
+
 
 def scheme_of(
-    scheme: str, nodes: int | Literal["adaptive"], rule: str, tolerance: float, max_nodes: int
+    scheme: str, nodes: int | Literal["adaptive"], rule: str, tolerance: float, max_nodes: int, refresh: int = 1
 ) -> "First | Second | Path | Adaptive":
     """The scheme of these settings. Raises InrunError for what does not exist or does not go together."""
     if scheme not in ("first", "second", "path"):
@@ -69,10 +78,15 @@ def scheme_of(
         raise InrunError(f"rule {rule!r} does not exist: choose 'midpoint' or 'gauss'.")
     if nodes != "adaptive" and (isinstance(nodes, str) or nodes < 1):
         raise InrunError(f"nodes={nodes!r}: the path needs at least one node; or 'adaptive'.")
+    if refresh < 1 or (refresh > 1 and scheme != "first"):
+        raise InrunError(
+            f"refresh={refresh} with scheme={scheme!r}: 'first' may use a target's gradient for so many steps, one or "
+            "more; the other schemes take it on each step's own way."
+        )
     if scheme != "path":
         if nodes != 1 or rule != "midpoint":
             raise InrunError(f"scheme {scheme!r} takes no nodes and no rule: use scheme='path'.")
-        return First() if scheme == "first" else Second()
+        return First(refresh) if scheme == "first" else Second()
     if nodes != "adaptive":
         return Path(1, gauss_nodes(nodes)) if rule == "gauss" else Path(nodes, [(0.5, 1.0)])
     if rule != "midpoint":
@@ -136,35 +150,79 @@ class _Sum:
 class First:
     """The paper's first order: the gradient at w."""
 
-    def __init__(self) -> None:
-        self._room = Room()
-        self._taken: dict[str, tuple[float, Ahead]] = {}
+    def __init__(self, refresh: int = 1) -> None:
+        self._room, self._refresh = Room(), refresh
+        # by target: the step at which its gradient was taken, the loss there, and the gradient
+        self._taken: dict[str, tuple[int, float, Ahead]] = {}
 
     def ahead(
         self, targets: Sequence[Target], step: int, parameters: Sequence[nn.Parameter], watch: Watch
     ) -> list[Ahead] | None:
         for target in targets:
-            if target.name not in self._taken:
+            if not self._lasts(target, step):
                 with watch() as pairs:
                     loss, found = target.gradient(step, parameters)
                 gradient = {p: g for p, g in zip(parameters, found, strict=True) if g is not None}
-                self._taken[target.name] = loss, Ahead(gradient, pairs)
-        return [of for _, of in self._taken.values()]
+                self._taken[target.name] = step, loss, Ahead(gradient, pairs)
+        return [self._taken[target.name][2] for target in targets]
 
     def directions(self, targets: Sequence[Target], step: int, moves: Moves) -> dict[str, Direction]:
         piece = Piece(moves, 0.0, 1.0, self._room)
-        sums = {target.name: _Sum() for target in targets}
-        taken, self._taken = self._taken, {}
+        found = {}
         for target in targets:
-            if target.name in taken:
-                loss, ahead = taken.pop(target.name)
-                sums[target.name].add(piece, (loss, [ahead.gradient.get(p) for p in moves]))
+            if not self._lasts(target, step):
+                loss, gradients = target.gradient(step, list(moves))
+                gradient = {p: g for p, g in zip(moves, gradients, strict=True) if g is not None}
+                self._taken[target.name] = step, loss, Ahead(gradient, {})
+            taken, loss, ahead = self._taken[target.name]
+            if self._lasts(target, step + 1):
+                mine = [None if g is None else g.clone() for g in map(ahead.gradient.get, moves)]
             else:
-                sums[target.name].add(piece, target.gradient(step, list(moves)))
-        return {name: found.direction(1) for name, found in sums.items()}
+                mine = [ahead.gradient.get(p) for p in moves]
+                del self._taken[target.name]
+            sum_ = _Sum()
+            sum_.add(piece, (loss, mine))
+            found[target.name] = sum_.direction(int(taken == step))
+        return found
+
+    def _lasts(self, target: Target, step: int) -> bool:
+        """Whether the gradient that was taken last is good for this step, too."""
+        return target.name in self._taken and self._taken[target.name][0] // self._refresh == step // self._refresh
+
+    def forget(self) -> None:
+        self._taken.clear()
+
+    def state_dict(self, names: Mapping[nn.Parameter, str]) -> dict[str, Any]:
+        """The gradients that later steps will use, by target and parameter; empty where none will."""
+        return {
+            name: {"step": step, "loss": loss, "gradient": {names[p]: g for p, g in ahead.gradient.items()}}
+            for name, (step, loss, ahead) in self._taken.items()
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], names: Mapping[nn.Parameter, str]) -> None:
+        """Go on with another run's gradients."""
+        self._taken = {
+            name: (
+                int(of["step"]),
+                float(of["loss"]),
+                Ahead({p: of["gradient"][n].to(p.device) for p, n in names.items() if n in of["gradient"]}, {}),
+            )
+            for name, of in state.items()
+        }
 
 
 class _AtTheStep:
+    """A scheme that takes every gradient at its own step, and nothing of one step to the next."""
+
+    def forget(self) -> None:
+        """See Scheme."""
+
+    def state_dict(self, names: Mapping[nn.Parameter, str]) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any], names: Mapping[nn.Parameter, str]) -> None:
+        """See Scheme."""
+
     def ahead(self, targets: Sequence[Target], step: int, parameters: Sequence[nn.Parameter], watch: Watch) -> None:
         return None
 

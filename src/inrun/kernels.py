@@ -64,15 +64,20 @@ class Kernels:
         memory: bytes that gradients formed in a step may take; None: what the shapes say.
     """
 
-    def __init__(self, kernel: Kernel, units: Sequence[Unit], targets: int, at_once: bool, memory: int | None) -> None:
-        if kernel == "ghost" and not at_once:
+    def __init__(
+        self, kernel: Kernel, units: Sequence[Unit], targets: int, at_once: bool, refresh: int, memory: int | None
+    ) -> None:
+        if kernel == "ghost" and (not at_once or refresh != 1):
             raise InrunError(
                 "kernel='ghost' contracts the gradients of examples and targets as they are, which is what "
-                "scheme='first' with plain SGD (momentum='account') values. Use kernel='auto'."
+                "scheme='first' with SGD and momentum='account' values, with a target pass at every step. Use "
+                "kernel='auto'."
             )
         uses = Counter(p for unit in units for p in unit.parameters.values())
         self._alone = {unit for unit in units if all(uses[p] == 1 for p in unit.parameters.values())}
         self._kernel, self._targets, self._at_once, self._memory = kernel, targets, at_once, memory
+        # a checkpoint holds a gradient that later steps use, but not what it was made of
+        self._ghosts = at_once and refresh == 1 and kernel in ("auto", "ghost")
         self._used = 0
         self.chosen: dict[tuple[Unit, Shape | None], How] = {}
 
@@ -82,8 +87,7 @@ class Kernels:
 
     def watches(self, unit: Unit) -> bool:
         """Whether the unit can use the inputs and output gradients of a target's pass."""
-        ghostly = self._at_once and self._kernel in ("auto", "ghost") and unit in self._alone
-        return ghostly and _linear(unit) and unchanged(unit.module)
+        return self._ghosts and unit in self._alone and _linear(unit) and unchanged(unit.module)
 
     def of(self, unit: Unit, captured: Captured, output: Tensor) -> How:
         """How the unit's call with this output is valued."""

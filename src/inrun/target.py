@@ -99,12 +99,15 @@ class Evaluation:
 
 
 class Target:
-    """The batches of one target, used in rotation: step t uses batch t modulo their number."""
+    """The batches of one target, used in rotation, each for `every` steps."""
 
-    def __init__(self, name: str, batches: Any, loss: Loss, evaluation: Evaluation) -> None:
+    def __init__(self, name: str, batches: Any, loss: Loss, evaluation: Evaluation, every: int = 1) -> None:
         self.name = name
         self.batches = _as_batches(name, batches, evaluation.model)
-        self._loss, self._evaluation = loss, evaluation
+        self._loss, self._evaluation, self._every = loss, evaluation, every
+
+    def _place(self, step: int) -> int:
+        return step // self._every % len(self.batches)
 
     def loss(self, step: int) -> float:
         """The mean loss of the step's batch, in nats, in eval mode and without a gradient."""
@@ -161,11 +164,11 @@ class Target:
             )
         value = float(loss.detach())
         if not math.isfinite(value):
-            raise NonFiniteError(f"the loss of target {self.name!r} is {value} on its batch {step % len(self.batches)}")
+            raise NonFiniteError(f"the loss of target {self.name!r} is {value} on its batch {self._place(step)}")
         return value
 
     def _checked(self, step: int) -> Tensor:
-        loss = self._loss(self._evaluation.model, self.batches[step % len(self.batches)])
+        loss = self._loss(self._evaluation.model, self.batches[self._place(step)])
         if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.is_floating_point():
             what = (
                 f"a tensor of shape {tuple(loss.shape)}, {loss.dtype}" if isinstance(loss, Tensor) else repr(type(loss))

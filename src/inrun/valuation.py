@@ -60,6 +60,7 @@ class Account:
 
     def __init__(self, targets: Sequence[Target], scheme: Scheme, groups: Sequence[Group]) -> None:
         self._targets, self._scheme, self._groups = targets, scheme, groups
+        self._names = {p: name for group in groups for p, name in group.parameters.items()}
         self._group_of = {p: k for k, group in enumerate(groups) for p in group.parameters}
 
     def ahead(self, step: int, parameters: Sequence[nn.Parameter], watch: Watch) -> list[Ahead] | None:
@@ -159,12 +160,18 @@ class Account:
         """No step waits."""
         return []
 
+    def forget(self) -> None:
+        """The weights may have changed otherwise than by a step."""
+        self._scheme.forget()
+
     def state_dict(self) -> dict[str, Any]:
-        """Nothing must be kept from one step for the next."""
-        return {}
+        """The targets' gradients that later steps will use (`refresh`), if any."""
+        kept = self._scheme.state_dict(self._names)
+        return {"refresh": kept} if kept else {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """See `state_dict`."""
+        self._scheme.load_state_dict(state.get("refresh", {}), self._names)
 
     def first_waiting(self, step: int) -> int:
         """The first step whose values are not final, of a run that has done `step` steps."""

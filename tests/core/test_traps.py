@@ -359,13 +359,6 @@ def test_an_unseen_use_is_found_in_half_precision_too() -> None:
         optimizer.step()
 
 
-def test_autocast_is_refused() -> None:
-    torch.set_default_dtype(torch.float32)
-    model, _, attributor = setting()
-    with pytest.raises(InrunError, match="autocast"), attributor.batch(range(4)), torch.autocast("cpu", torch.bfloat16):
-        class_losses(model, vectors(4, 0)).mean().backward()
-
-
 def test_buffers_that_a_forward_replaces_are_put_back() -> None:
     class Averaging(nn.Module):
         def __init__(self) -> None:
