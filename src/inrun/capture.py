@@ -21,7 +21,7 @@ from inrun.errors import InrunError
 from inrun.kernels import Kernels
 from inrun.probe import Found, Inputs, Probe, Unit, expanded, tensors
 from inrun.rows import Rows
-from inrun.tangent.fused import fused
+from inrun.tangent.fused import fused, is_convolution
 from inrun.tangent.generic import RandomState
 from inrun.tangent.ghost import Pair, ghost, ghost_bias
 from inrun.tangent.per_example import rule_of, unchanged
@@ -267,8 +267,9 @@ class Capture:
                     f"{unit.name}: its output of shape {tuple(leaf.shape)} holds another number of entries per example "
                     "than the model's inputs, so that it cannot be told whose they are."
                 )
-        kernel = self._kernels.of(unit, captured, leaves[0]) if unchanged(unit.module) else "tangent"
-        if kernel in ("fused", "ghost") and rows[0] is not None and rows[0].dim is not None:
+        inputs = (*args, *kwargs.values())
+        kernel = self._kernels.of(unit, captured, inputs, output) if unchanged(unit.module) else "tangent"
+        if kernel in ("fused", "ghost") and rows[0] is not None and _stands_first(unit, rows[0]):
             (x,) = (*args, *kwargs.values())
             if kernel == "fused":
                 self._fused.add(unit)
@@ -297,6 +298,11 @@ class Capture:
 
 def _nothing() -> None:
     return None
+
+
+def _stands_first(unit: Unit, rows: Rows) -> bool:
+    """Whether the rows are where the unit's kernel can take them: of a convolution, first and together."""
+    return rows.dim is not None and (not is_convolution(unit.module) or (rows.dim == 0 and rows.blocks))
 
 
 def _in_backward() -> bool:

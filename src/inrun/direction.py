@@ -211,7 +211,7 @@ class First:
         }
 
 
-class _AtTheStep:
+class AtTheStep:
     """A scheme that takes every gradient at its own step, and nothing of one step to the next."""
 
     def forget(self) -> None:
@@ -227,7 +227,7 @@ class _AtTheStep:
         return None
 
 
-class Second(_AtTheStep):
+class Second(AtTheStep):
     """The paper's second order: a gradient and a Hessian-vector product at w."""
 
     def __init__(self) -> None:
@@ -242,7 +242,7 @@ class Second(_AtTheStep):
         return {name: found.direction(2) for name, found in sums.items()}
 
 
-class Path(_AtTheStep):
+class Path(AtTheStep):
     """`pieces` equal pieces, on the chord of each of which the target's gradient is taken at the nodes (x, weight)."""
 
     def __init__(self, pieces: int, nodes: Sequence[tuple[float, float]]) -> None:
@@ -259,7 +259,7 @@ class Path(_AtTheStep):
         return {name: found.direction(self._pieces * len(self._nodes)) for name, found in sums.items()}
 
 
-class Adaptive(_AtTheStep):
+class Adaptive(AtTheStep):
     """More and more nodes, for every target until its values' sum agrees with what the step removes.
 
     What it removes is measured: the target's loss at w + D(0) and at w + D(G), two forward passes. The sum agrees when

@@ -14,16 +14,16 @@ from how many operations the device does while it moves a byte, never from a clo
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from inrun.captured import Captured
 from inrun.errors import InrunError
 from inrun.probe import Unit
-from inrun.tangent.fused import fuses, turned
-from inrun.tangent.per_example import unchanged
+from inrun.tangent.fused import is_convolution, is_linear, turned
+from inrun.tangent.per_example import is_norm, unchanged
 
 Kernel = Literal["auto", "tangent", "perexample", "ghost"]
 How = Literal["fused", "formed", "late", "tangent", "ghost"]
@@ -31,28 +31,26 @@ How = Literal["fused", "formed", "late", "tangent", "ghost"]
 # floating point operations in the time of a byte, by the bytes of a number: a server's core, an H100
 _INTENSITY = {"cpu": {8: 6, 4: 12, 2: 40}, "cuda": {8: 10, 4: 20, 2: 240}}
 # g_i may take up to so many times the memory of the inputs and output gradients that the unit would keep instead
-_LARGER = 2.0
+_LARGER = 4.0
 
 
 @dataclass(frozen=True)
 class Shape:
-    """One call of a linear unit: N examples of R rows, I features in and O out, numbers of so many bytes."""
+    """One call of a linear unit: N examples of R rows, I features in and O out, numbers of so many bytes; and the bytes
+    of its inputs and outputs together.
+    """
 
     N: int
     R: int
     I: int  # noqa: E741
     O: int  # noqa: E741
     size: int
+    pair: int
 
     @property
     def formed(self) -> int:
         """Bytes of all g_i."""
         return self.N * self.I * self.O * self.size
-
-    @property
-    def pair(self) -> int:
-        """Bytes of inputs and output gradients."""
-        return self.N * self.R * (self.I + self.O) * self.size
 
 
 class Kernels:
@@ -89,9 +87,10 @@ class Kernels:
         """Whether the unit can use the inputs and output gradients of a target's pass."""
         return self._ghosts and unit in self._alone and _linear(unit) and unchanged(unit.module)
 
-    def of(self, unit: Unit, captured: Captured, output: Tensor) -> How:
-        """How the unit's call with this output is valued."""
-        shape = _shape(unit, captured.examples, output)
+    def of(self, unit: Unit, captured: Captured, inputs: Sequence[Any], output: Any) -> How:
+        """How the unit's call with these inputs and this output is valued."""
+        plain = len(inputs) == 1 and isinstance(inputs[0], Tensor) and isinstance(output, Tensor)
+        shape = _shape(unit, captured, inputs[0], output) if plain else None
         pairs = [of.pairs.get(unit, []) for of in captured.formed.ahead or ()]
         rows = [sum(len(a) for a, _ in of) for of in pairs] if all(pairs) else []
         how = self._how(unit, shape, rows)
@@ -101,20 +100,21 @@ class Kernels:
         return how
 
     def _how(self, unit: Unit, shape: Shape | None, target_rows: Sequence[int]) -> How:
-        if shape is None:
-            # rows of a table are picked; what has few parameters is formed, and what has neither is run again
-            small = not isinstance(unit.module, nn.Embedding)
-            return "formed" if small and self._kernel != "tangent" else "tangent"
         if self._kernel == "tangent":
             return "tangent"
+        if shape is None:
+            return "formed" if is_norm(unit.module) else "tangent"
         room = self._at_once or (
             shape.formed <= _LARGER * shape.pair if self._memory is None else self._used + shape.formed <= self._memory
         )
         if self._kernel == "ghost" and target_rows:
             return "ghost"
+        linear = _linear(unit)
         if self._kernel in ("perexample", "ghost"):
-            return "fused" if room or self._memory is None else "late"
-        costs: dict[How, float] = {"tangent": self.cost("tangent", shape), "late": self.cost("late", shape)}
+            return "fused" if room or self._memory is None else "late" if linear else "tangent"
+        costs: dict[How, float] = {"tangent": self.cost("tangent", shape)}
+        if linear:
+            costs["late"] = self.cost("late", shape)
         if room:
             costs["fused"] = self.cost("fused", shape)
         if target_rows:
@@ -135,13 +135,15 @@ class Kernels:
 
 
 def _linear(unit: Unit) -> bool:
-    return fuses(unit.module) and "weight" in unit.parameters
+    return is_linear(unit.module) and "weight" in unit.parameters
 
 
-def _shape(unit: Unit, examples: int, output: Tensor) -> Shape | None:
+def _shape(unit: Unit, captured: Captured, x: Tensor, output: Tensor) -> Shape | None:
+    """Of a linear layer's call; of a convolution's, with positions for rows, and None for any other."""
     module = unit.module
-    if not _linear(unit):
+    if "weight" not in unit.parameters or not (is_linear(module) or is_convolution(module)):
         return None
     weight = unit.parameters["weight"]
-    O, I = reversed(weight.shape) if turned(module) else weight.shape  # noqa: E741
-    return Shape(examples, output.numel() // (examples * O), I, O, output.element_size())
+    O = weight.shape[1 if is_linear(module) and turned(module) else 0]  # noqa: E741
+    N, size = captured.examples, output.element_size()
+    return Shape(N, output.numel() // (N * O), weight.numel() // O, O, size, (x.numel() + output.numel()) * size)

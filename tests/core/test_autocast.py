@@ -87,7 +87,7 @@ def test_the_target_is_evaluated_as_the_batch_was() -> None:
     for at_once in (False, True):
         model = case.build()
         kind: type[Optimizer] = SGD if at_once else AdamW
-        optimizer = kind(model.parameters(), lr=1e-3)
+        optimizer = kind(model.parameters(), lr=1e-3)  # type: ignore[call-arg]
         scheme: Literal["first", "path"] = "first" if at_once else "path"
         attributor = Attributor(model, optimizer, {"t": case.batch(2, 9)}, loss, scheme=scheme)
         for step in range(2):

@@ -54,12 +54,12 @@ class Shared(nn.Module):
         x = self.embedding(tokens_BT)
         for _ in range(3):
             x = checkpoint(self.part, x, use_reentrant=self.reentrant) if self.training else self.part(x)
-        return torch.as_tensor(self.head(x)) * self.scale
+        return torch.mul(self.head(x), self.scale)
 
 
 def hugging_face(reentrant: bool) -> nn.Module:
     model = hugging_face_gpt2()
-    model.activation_checkpointing_enable({"use_reentrant": reentrant})
+    model.activation_checkpointing_enable({"use_reentrant": reentrant})  # type: ignore[operator]
     return model
 
 

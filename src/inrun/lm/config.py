@@ -3,23 +3,26 @@
 import json
 import math
 import os
+import re
 import sys
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from tyro.conf import Positional, arg
+from tyro.constructors import PrimitiveConstructorSpec
 
 from inrun.errors import InrunError
+from inrun.kernels import Kernel
 
 CONFIG = "config.json"
 
 _MOST = 2**31 - 1
 _RANGES: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("target_examples", "target_batch", "batch", "accumulation", "steps", "max_nodes"), (1, _MOST)),
+    **dict.fromkeys(("refresh", "save_every"), (1, _MOST)),
     **dict.fromkeys(("warmup_steps", "audit_every", "audit_permutations"), (0, _MOST)),
-    **dict.fromkeys(("learning_rate", "min_learning_rate", "weight_decay", "clip"), (0, sys.float_info.max)),
-    "save_every": (1, _MOST),
+    **dict.fromkeys(("learning_rate", "min_learning_rate", "weight_decay", "clip", "memory"), (0, sys.float_info.max)),
     "sequence": (2, _MOST),
     "vocab_size": (257, _MOST),  # 256 bytes and the end of a text
     "seed": (0, 2**32 - 1),
@@ -28,6 +31,25 @@ _RANGES: dict[str, tuple[float, float]] = {
 
 class ConfigError(InrunError):
     """Options that do not go together, or not with the run that they are to continue."""
+
+
+def _bytes(given: list[str]) -> int | Literal["auto"]:
+    """What stands behind --memory."""
+    found = re.fullmatch(r"auto|(\d+(?:\.\d+)?)([KMGT]iB)?", given[0], re.ASCII)
+    if found is None:
+        raise ValueError("give a number of bytes, as 2000000000 or 2GiB (KiB, MiB, GiB, TiB), or auto")
+    number, unit = found.groups()
+    return "auto" if number is None else int(float(number) * _UNITS[unit])
+
+
+_UNITS = {None: 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+_BYTES = PrimitiveConstructorSpec(
+    nargs=1,
+    metavar="BYTES",
+    instance_from_str=_bytes,
+    is_instance=lambda value: value == "auto" or isinstance(value, int),
+    str_from_instance=lambda value: [str(value)],
+)
 
 
 @dataclass(frozen=True)
@@ -99,8 +121,16 @@ class Train:
     """For adaptive nodes: the share of the drop that the values may miss."""
     max_nodes: int = 9
     """For adaptive nodes: the most of them."""
+    refresh: int = 1
+    """With --scheme first, steps for which a target's gradient is used before it is taken anew."""
     momentum: Literal["account", "credit"] = "account"
     """Whether what old momentum does has an account of its own, or is paid to the examples it came from."""
+    kernel: Kernel = "auto"
+    """How values are got from a layer: by running it once more for every target (tangent), by forming the gradients of
+    all examples in the backward pass (perexample), or by what is cheaper (auto). ghost is for SGD, not for AdamW."""
+    memory: Annotated[int | Literal["auto"], _BYTES] = "auto"
+    """What may be kept of examples' gradients in memory, as 2GiB, before the rest goes to disk; half of what is free by
+    default."""
     audit_every: int = 50
     """Steps between audits of the books; 0 for none."""
     audit_permutations: int = 0
@@ -117,7 +147,7 @@ class Train:
         """Raise ConfigError for the first number that is out of its range."""
         for name, (least, most) in _RANGES.items():
             value = getattr(self, name)
-            if value is not None and not least <= value <= most:
+            if value not in (None, "auto") and not least <= value <= most:
                 limits = f"of {least} or more" if most in (_MOST, sys.float_info.max) else f"from {least} to {most}"
                 raise ConfigError(f"--{name.replace('_', '-')} {value}: give a number {limits}.")
         if self.epochs is not None and not 0 < self.epochs < math.inf:

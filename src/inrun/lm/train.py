@@ -144,7 +144,10 @@ def _train(
         rule=config.rule,
         tolerance=config.tolerance,
         max_nodes=config.max_nodes,
+        refresh=config.refresh,
         momentum=config.momentum,
+        kernel=config.kernel,
+        memory=config.memory,
         audit_every=config.audit_every,
         audit_permutations=config.audit_permutations,
         nonfinite=config.nonfinite,
@@ -181,9 +184,11 @@ def _begin(config: Train) -> tuple[Train, bool]:
     if config.steps is not None and config.epochs is not None:
         raise ConfigError("--steps and --epochs were both given: give one of them.")
     config.check_numbers()
-    scheme_of(config.scheme, config.nodes, config.rule, config.tolerance, config.max_nodes)
-    if config.momentum == "credit" and (config.audit_permutations or config.nonfinite == "skip"):
-        raise ConfigError("--momentum credit goes with neither --audit-permutations nor --nonfinite skip.")
+    scheme_of(config.scheme, config.nodes, config.rule, config.tolerance, config.max_nodes, config.refresh)
+    if config.momentum == "credit" and (config.audit_permutations or config.nonfinite == "skip" or config.refresh != 1):
+        raise ConfigError("--momentum credit goes with none of --audit-permutations, --nonfinite skip, --refresh.")
+    if config.kernel == "ghost":
+        raise ConfigError("--kernel ghost is for SGD, and `inrun train` trains with AdamW: choose auto or perexample.")
     _target_files(config)
     config.store()
     return config, fresh

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_flatten
 from inrun.captured import Call, Captured
 from inrun.formed import shares
 from inrun.tangent.fused import formed_late
-from inrun.tangent.rules import tangent
+from inrun.tangent.rules import has_closed_form, tangent
 
 Direction = Mapping[nn.Parameter, Tensor]
 
@@ -90,12 +90,16 @@ def _contract_call(call: Call, direction: Mapping[str, Tensor], examples: int) -
     args, kwargs = call.inputs(device)
     with call.again():
         leaves, _ = tree_flatten(tangent(call.unit.module, direction, args, kwargs, call.random_state))
+    mine = has_closed_form(call.unit.module)  # it makes its output anew
     shares, magnitude = torch.zeros((), dtype=torch.float64), torch.zeros(())
     for towards, rows, gradient, norm in zip(leaves, call.rows, call.gradients, call.gradient_norms, strict=True):
         if gradient is not None and rows is not None:
             # a tangent without the example dimension is the same for all examples: it broadcasts as the output did
             gradient = gradient.to(device)
-            towards = towards.expand_as(gradient)
-            shares = shares + rows.per_example(gradient * towards, examples).sum(dim=1).double()
-            magnitude = magnitude + norm * towards.norm()
+            magnitude = magnitude + norm * towards.expand_as(gradient).norm()
+            if mine and towards.shape == gradient.shape and towards.dtype == gradient.dtype:
+                product = towards.mul_(gradient)  # new memory of this size costs more than the product
+            else:
+                product = gradient * towards
+            shares = shares + rows.per_example(product, examples).sum(dim=1).double()
     return shares, magnitude

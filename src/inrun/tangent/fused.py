@@ -1,8 +1,9 @@
-"""A linear layer that forms its weight's gradient example by example, in the backward pass itself (design, 2.4).
+"""Layers that form their weight's gradient example by example, in the backward pass itself (design, 2.4).
 
-The weight's gradient is sum_i b_i^T a_i over the examples i. One batched product makes the terms instead of the sum,
-with no more arithmetic; what each example contributes is then at hand before the sum is, which goes on to the
-optimizer. The forward pass is the module's own: its output is taken as it is.
+A linear layer's weight has the gradient sum_i b_i^T a_i over the examples i. One batched product makes the terms, not
+their sum, with no more arithmetic; what each example contributes is then at hand before the sum is, which goes on to
+the optimizer. A convolution is the same with patches for rows (inrun.tangent.convolution). The forward pass is the
+module's own: its output is taken as it is.
 
 Shapes: N examples, R rows of each, I and O features in and out.
 """
@@ -18,6 +19,7 @@ from torch.autograd import Function
 from inrun.captured import Call
 from inrun.probe import tensors
 from inrun.rows import Rows
+from inrun.tangent.convolution import per_example_convolution
 
 
 class Sink(Protocol):
@@ -36,21 +38,32 @@ class Sink(Protocol):
 
 _ROOM = 2**25  # bytes formed at once where they are contracted at once
 
-# by full name of the layer's type: whether its weight lies [in, out]
-FUSED = {"torch.nn.modules.linear.Linear": False, "transformers.pytorch_utils.Conv1D": True}
+# linear layers by the full name of their type: whether the weight lies [in, out]
+_LINEAR = {"torch.nn.modules.linear.Linear": False, "transformers.pytorch_utils.Conv1D": True}
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
-def fuses(module: nn.Module) -> bool:
-    """Whether the layer is of a type that this file knows, with parameters that are plain tensors."""
-    kind = type(module)
-    plain = all(p is None or type(p) is nn.Parameter for p in module._parameters.values())
-    return f"{kind.__module__}.{kind.__qualname__}" in FUSED and set(module._parameters) == {"weight", "bias"} and plain
+def is_linear(module: nn.Module) -> bool:
+    """Whether the layer is a linear one of a type that this file knows, with parameters that are plain tensors."""
+    return _name(module) in _LINEAR and _plain(module)
+
+
+def is_convolution(module: nn.Module) -> bool:
+    return type(module) in _CONVOLUTIONS and _plain(module)
 
 
 def turned(module: nn.Module) -> bool:
-    """Whether the layer's weight lies [in, out]."""
-    kind = type(module)
-    return FUSED[f"{kind.__module__}.{kind.__qualname__}"]
+    """Whether a linear layer's weight lies [in, out]."""
+    return _LINEAR[_name(module)]
+
+
+def _name(module: nn.Module) -> str:
+    return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
+def _plain(module: nn.Module) -> bool:
+    of = module._parameters
+    return set(of) == {"weight", "bias"} and all(p is None or type(p) is nn.Parameter for p in of.values())
 
 
 def fused(module: nn.Module, x: Tensor, y: Tensor, rows: Rows, examples: int, sink: Sink | None) -> Tensor:
@@ -59,7 +72,9 @@ def fused(module: nn.Module, x: Tensor, y: Tensor, rows: Rows, examples: int, si
     Without a sink (a forward run again inside the backward pass) nothing is formed twice.
     """
     into = _Into(sink, module, rows, examples)
-    output: Tensor = _Fused.apply(y.detach(), x.to(y.dtype), module.weight, module.bias, into)  # type: ignore[no-untyped-call]
+    kind = _FusedConvolution if is_convolution(module) else _Fused
+    into = _Into(sink, module, rows, examples)
+    output: Tensor = kind.apply(y.detach(), x.to(y.dtype), module.weight, module.bias, into)  # type: ignore[no-untyped-call]
     return output
 
 
@@ -68,21 +83,33 @@ class _Into:
 
     def __init__(self, sink: Sink | None, module: nn.Module, rows: Rows, examples: int) -> None:
         self.sink, self.module, self.rows, self.examples = sink, module, rows, examples
-        self.turned = turned(module)
 
     def weight(self, a_NRI: Tensor, b_NRO: Tensor) -> Tensor:
         """The weight's gradient, the sum over the examples; their own go to the sink."""
         weight, sink = self.module.weight, self.sink
         assert isinstance(weight, nn.Parameter)
         assert sink is not None
-        left, right = (a_NRI, b_NRO) if self.turned else (b_NRO, a_NRI)
+        left, right = (a_NRI, b_NRO) if turned(self.module) else (b_NRO, a_NRI)
         whole = torch.empty_like(weight.detach())
-        for rows in [slice(0, len(weight))] if sink.keeps else parts(weight, self.examples):
+        for rows in [slice(0, len(weight))] if sink.keeps else _parts(weight, self.examples):
             room = sink.room(weight, rows, b_NRO.dtype)
             g = torch.bmm(left[:, :, rows].transpose(1, 2), right, out=room)
             torch.sum(g, dim=0, dtype=whole.dtype, out=whole[rows])
             sink.take(weight, rows, g)
         return whole
+
+    def bias(self, g_NO: Tensor) -> Tensor:
+        """The bias's gradient, of every example's."""
+        bias, sink = self.module.bias, self.sink
+        assert isinstance(bias, nn.Parameter)
+        assert sink is not None
+        sink.take(bias, slice(None), g_NO.to(bias.dtype))
+        return g_NO.to(bias.dtype).sum(dim=0)
+
+
+def _wide(b: Tensor) -> torch.dtype:
+    """The precision to add up in."""
+    return torch.float32 if b.element_size() < 4 else b.dtype
 
 
 def formed_late(call: Call, examples: int) -> Iterator[tuple[nn.Parameter, slice, Tensor]]:
@@ -96,13 +123,13 @@ def formed_late(call: Call, examples: int) -> Iterator[tuple[nn.Parameter, slice
     b_NRO = rows.per_example(b, examples).view(examples, -1, b.shape[-1])
     a_NRI = rows.per_example(x, examples).view(examples, -1, x.shape[-1])
     left, right = (a_NRI, b_NRO) if turned(call.unit.module) else (b_NRO, a_NRI)
-    for part in parts(weight, examples):
+    for part in _parts(weight, examples):
         yield weight, part, torch.bmm(left[:, :, part].transpose(1, 2), right)
     if "bias" in parameters:
         yield parameters["bias"], slice(None), b_NRO.sum(dim=1, dtype=parameters["bias"].dtype)
 
 
-def parts(p: Tensor, examples: int) -> list[slice]:
+def _parts(p: Tensor, examples: int) -> list[slice]:
     """The rows of a parameter in parts, of which every example's gradients take a moderate room."""
     n = max(1, -(-examples * p.nbytes // _ROOM))
     bounds = [len(p) * k // n for k in range(n + 1)]
@@ -125,16 +152,64 @@ class _Fused(Function):
         to_x = to_weight = to_bias = None
         with torch.autocast(b.device.type, enabled=False):
             if needs_x:
-                to_x = b @ (weight.t() if into.turned else weight).to(b.dtype)
+                to_x = b @ (weight.t() if turned(into.module) else weight).to(b.dtype)
             b_NRO = into.rows.per_example(b, into.examples).view(into.examples, -1, b.shape[-1])
             if needs_weight:
                 a_NRI = into.rows.per_example(x, into.examples).view(into.examples, -1, x.shape[-1])
                 to_weight = into.weight(a_NRI, b_NRO)
             if needs_bias:
-                bias, sink = into.module.bias, into.sink
-                assert isinstance(bias, nn.Parameter)
-                assert sink is not None
-                g = b_NRO.sum(dim=1, dtype=bias.dtype)
-                sink.take(bias, slice(None), g)
-                to_bias = g.sum(dim=0)
+                to_bias = into.bias(b_NRO.sum(dim=1, dtype=_wide(b)))
         return None, to_x, to_weight, to_bias, None
+
+
+class _FusedConvolution(Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, into: _Into) -> Tensor:
+        ctx.into = into
+        ctx.save_for_backward(x, weight)
+        return y.detach()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, b: Tensor) -> tuple[Tensor | None, ...]:
+        into: _Into = ctx.into
+        module, sink, examples = into.module, into.sink, into.examples
+        x, weight = ctx.saved_tensors
+        _, needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
+        to_x = to_weight = to_bias = None
+        assert isinstance(module, _CONVOLUTIONS)
+        with torch.autocast(b.device.type, enabled=False):
+            if needs_x:
+                to_x = _to_input(module, x, b, weight.to(b.dtype))
+            if needs_weight:
+                assert sink is not None
+                parameter, entries = module.weight, len(b) // examples
+                assert isinstance(parameter, nn.Parameter)
+                to_weight = torch.empty_like(weight, memory_format=torch.contiguous_format)
+                # rows of the weight are channels of the output, which belong together in groups
+                for rows in (
+                    _parts(weight, examples) if module.groups == 1 and not sink.keeps else [slice(0, len(weight))]
+                ):
+                    room = sink.room(parameter, rows, b.dtype)
+                    g = per_example_convolution(module, x, b[:, rows], ("weight",), entries, room)["weight"]
+                    torch.sum(g, dim=0, dtype=weight.dtype, out=to_weight[rows])
+                    sink.take(parameter, rows, g)
+            if needs_bias:
+                b_NRO = b.reshape(examples, -1, b.shape[1], b[0, 0].numel())
+                to_bias = into.bias(b_NRO.sum(dim=(1, 3), dtype=_wide(b)))
+        return None, to_x, to_weight, to_bias, None
+
+
+def _to_input(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, x: Tensor, b: Tensor, weight: Tensor) -> Tensor:
+    """The gradient of a convolution's input."""
+    if module.padding_mode != "zeros" or isinstance(module.padding, str):
+        with torch.enable_grad():
+            a = x.detach().requires_grad_()
+            y = module._conv_forward(a, weight, None)
+        (found,) = torch.autograd.grad(y, a, b)
+        return found
+    found, _, _ = torch.ops.aten.convolution_backward(
+        b, x, weight, None, module.stride, module.padding, module.dilation, False, [0] * len(module.stride),
+        module.groups, [True, False, False],
+    )  # fmt: skip
+    return torch.as_tensor(found)

@@ -14,16 +14,27 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.module import _global_forward_hooks
 from torch.utils._pytree import tree_flatten
 
 from inrun.captured import Call, Captured, Hook
 from inrun.rows import Rows
+from inrun.tangent.convolution import per_example_convolution
 from inrun.tangent.generic import run_again
 from inrun.tangent.linear import linear_in_parameters
 from inrun.tangent.rules import Rules
 
 # rule(call, examples) -> [examples, *shape] by the parameter's name in the unit, of trained parameters at least
+_NORMS = (
+    nn.LayerNorm,
+    nn.RMSNorm,
+    "transformers.models.llama.modeling_llama.LlamaRMSNorm",
+    "transformers.models.mistral.modeling_mistral.MistralRMSNorm",
+    "transformers.models.qwen2.modeling_qwen2.Qwen2RMSNorm",
+    "transformers.models.qwen3.modeling_qwen3.Qwen3RMSNorm",
+)
+_CHANNEL_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.GroupNorm)
 _PART = 2**18  # entries: on a processor
 
 Rule = Callable[[Call, int], dict[str, Tensor]]
@@ -57,6 +68,11 @@ def unchanged(module: nn.Module) -> bool:
     """Whether its type alone says what the module computes: no hook of another's, no forward put in its place."""
     hooks = (*module._forward_hooks.values(), *_global_forward_hooks.values())
     return all(isinstance(hook, Hook) for hook in hooks) and "forward" not in vars(module)
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether the module is a norm with a rule here: it has few parameters, whatever its inputs."""
+    return rules.of(module) in (_norm, _channel_norm)
 
 
 def pulled_back(call: Call, examples: int) -> dict[str, Tensor]:
@@ -131,14 +147,18 @@ def _embedding(call: Call, examples: int) -> dict[str, Tensor]:
     return {"weight": g_NVD}
 
 
-@rules.register(
-    nn.LayerNorm,
-    nn.RMSNorm,
-    "transformers.models.llama.modeling_llama.LlamaRMSNorm",
-    "transformers.models.mistral.modeling_mistral.MistralRMSNorm",
-    "transformers.models.qwen2.modeling_qwen2.Qwen2RMSNorm",
-    "transformers.models.qwen3.modeling_qwen3.Qwen3RMSNorm",
-)
+@rules.register(nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+def _convolution(call: Call, examples: int) -> dict[str, Tensor]:
+    module = call.unit.module
+    assert isinstance(module, _ConvNd)
+    gradient, rows = _output(call)
+    a = call.args[0] if call.args else call.kwargs["input"]  # output_size= may stand beside it
+    a = a.expand(len(gradient), *a.shape[1:])
+    a, b = (rows.per_example(x, examples).reshape(x.shape) for x in (a, gradient))
+    return per_example_convolution(module, a, b, call.unit.parameters, len(b) // examples)
+
+
+@rules.register(*_NORMS)
 def _norm(call: Call, examples: int) -> dict[str, Tensor]:
     """y = x * w + b over the last dimensions, with x the norm run with weight one and bias zero."""
     gradient, rows = _output(call)
@@ -150,6 +170,22 @@ def _norm(call: Call, examples: int) -> dict[str, Tensor]:
             if name == "weight":
                 with_x = _normalised(call.unit.module, x, p) * b
             found[name].append(_by_rows(with_x, rows, some, *p.shape).sum(dim=1))
+    return {name: torch.cat(parts) for name, parts in found.items()}
+
+
+@rules.register(*_CHANNEL_NORMS)
+def _channel_norm(call: Call, examples: int) -> dict[str, Tensor]:
+    """y = x * w + b with one w and b for every channel, the dimension after the first."""
+    gradient, rows = _output(call)
+    if rows.dim != 0 or not rows.blocks:
+        return pulled_back(call, examples)
+    found: dict[str, list[Tensor]] = {name: [] for name in call.unit.parameters}
+    for some, x, b in _in_parts(call, gradient, rows, examples):
+        for name, p in call.unit.parameters.items():
+            with_x = b
+            if name == "weight":
+                with_x = linear_in_parameters(call.unit.module, {"weight": torch.ones_like(p)}, (x,), {}).mul_(b)
+            found[name].append(with_x.reshape(some, -1, len(p), with_x[0, 0].numel()).sum(dim=(1, 3)))
     return {name: torch.cat(parts) for name, parts in found.items()}
 
 

@@ -1,4 +1,4 @@
-"""Which rule gives a module's tangent: by its exact type, and the generic one for every other."""
+"""Which rule gives a module's tangent: by its type, and the generic one for every other."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, Generic, TypeVar
@@ -7,6 +7,9 @@ from torch import Tensor, nn
 
 from inrun.tangent.generic import RandomState, forward_mode
 
+# what a subclass may override and still compute what its base does, is anything but these
+_COMPUTES = ("forward", "_conv_forward", "__call__", "__getattr__")
+
 R = TypeVar("R", bound=Callable[..., Any])
 
 # rule(module, direction by parameter name, args, kwargs) -> tangents, in the structure of the module's output
@@ -14,14 +17,14 @@ Rule = Callable[[nn.Module, Mapping[str, Tensor], tuple[Any, ...], dict[str, Any
 
 
 class Rules(Generic[R]):
-    """Rules by the exact type of the module they are for."""
+    """Rules by the type of the module they are for."""
 
     def __init__(self) -> None:
         self._rules: dict[type[nn.Module] | str, R] = {}
 
     def register(self, *kinds: type[nn.Module] | str) -> Callable[[R], R]:
-        """Use a rule for modules of exactly these types, or of types with these full names (which are then not
-        imported).
+        """Use a rule for modules of these types, or of types with these full names (which are then not imported);
+        of a subclass, too, that does not override what is computed.
         """
 
         def decorate(rule: R) -> R:
@@ -32,11 +35,16 @@ class Rules(Generic[R]):
         return decorate
 
     def of(self, module: nn.Module) -> R | None:
-        """The rule for this module, None if there is none for its type."""
-        kind = type(module)
+        """The rule for this module, None if there is none for its type, or for one that it computes the same as."""
         if not set(module._parameters) <= {"weight", "bias"}:
             return None  # reparametrised by a hook (weight norm): not linear in what it owns
-        return self._rules.get(kind) or self._rules.get(f"{kind.__module__}.{kind.__qualname__}")
+        for kind in type(module).__mro__:
+            if not all(getattr(type(module), name, None) is getattr(kind, name, None) for name in _COMPUTES):
+                return None
+            rule = self._rules.get(kind) or self._rules.get(f"{kind.__module__}.{kind.__qualname__}")
+            if rule is not None:
+                return rule
+        return None
 
 
 _tangents: Rules[Rule] = Rules()
