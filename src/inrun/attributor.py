@@ -34,6 +34,7 @@ from inrun.game import Game
 from inrun.gradient import Received, square
 from inrun.kernels import Kernel, Kernels
 from inrun.ledger import LedgerWriter
+from inrun.plan import Plan, plan_of
 from inrun.provenance import describe
 from inrun.scratch import Scratch, free_memory, gib
 from inrun.step import Microbatch, Step, as_ids
@@ -130,6 +131,7 @@ class Attributor:
         self.last: Step | None = None
         self.train_loss: float | None = None
         self.total = 0.0
+        self._nodes = 0 if scheme != "path" else nodes if isinstance(nodes, int) else 1
         self._nonfinite, self._audit_every, self._permutations = nonfinite, audit_every, audit_permutations
         way = scheme_of(scheme, nodes, rule, tolerance, max_nodes, refresh)
         self._updates = {optimizer: update_of(optimizer) for optimizer in self.optimizers}
@@ -247,6 +249,27 @@ class Attributor:
             self._spill(microbatch)
         self._pending.append(microbatch)
         self._received.keep()
+
+    def plan(self) -> Plan:
+        """Which kernel every unit has, and what a step's attribution costs beyond training and the targets' passes.
+
+        What is shown are the calls of the newest step's batches. `print` it for a table; its times are measured on this
+        machine, which takes about a second.
+
+        Raises:
+            InrunError: no batch was seen yet.
+        """
+        if not self._kernels.calls:
+            raise InrunError("plan() shows what the newest batches were valued by, and there was none yet.")
+        moves = {}
+        for optimizer, update in self._updates.items():
+            for group in optimizer.param_groups:
+                for p in (p for p in group["params"] if p in self._names):
+                    # any numbers do for a gradient that is gone: it is only measured how long they take
+                    gradient = p.detach() if p.grad is None else p.grad
+                    moves[p] = Moved(p.detach(), gradient, optimizer.state.get(p, {}), group, update)
+        with torch.no_grad():
+            return plan_of(self._kernels.calls, moves, len(self._targets), self._at_once, self._nodes)
 
     def _spill(self, microbatch: Microbatch) -> None:
         """Keep on disk what the step must have of this batch."""

@@ -268,9 +268,10 @@ class Capture:
                     "than the model's inputs, so that it cannot be told whose they are."
                 )
         inputs = (*args, *kwargs.values())
-        kernel = self._kernels.of(unit, captured, inputs, output) if unchanged(unit.module) else "tangent"
-        if kernel in ("fused", "ghost") and rows[0] is not None and _stands_first(unit, rows[0]):
-            (x,) = (*args, *kwargs.values())
+        stands = len(rows) == 1 and rows[0] is not None and _stands_first(unit, rows[0])
+        kernel = self._kernels.of(unit, captured, inputs, output, stands and unchanged(unit.module))
+        if kernel in ("fused", "ghost") and rows[0] is not None:
+            (x,) = inputs
             if kernel == "fused":
                 self._fused.add(unit)
                 return fused(unit.module, x, output, rows[0], captured.examples, captured.formed)
@@ -301,7 +302,7 @@ def _nothing() -> None:
 
 
 def _stands_first(unit: Unit, rows: Rows) -> bool:
-    """Whether the rows are where the unit's kernel can take them: of a convolution, first and together."""
+    """Whether the rows are where a kernel can take them: of a convolution, first and together."""
     return rows.dim is not None and (not is_convolution(unit.module) or (rows.dim == 0 and rows.blocks))
 
 

@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from inrun.captured import Captured
@@ -53,6 +52,19 @@ class Shape:
         return self.N * self.I * self.O * self.size
 
 
+@dataclass(frozen=True)
+class Chosen:
+    """One call of a unit: its kernel, its shape if it is a linear layer's or a convolution's, the bytes of its inputs
+    and output, and the rows that each target has there, if they are known.
+    """
+
+    unit: Unit
+    how: How
+    shape: Shape | None
+    size: int
+    target_rows: Sequence[int]
+
+
 class Kernels:
     """The choice, unit by unit.
 
@@ -76,27 +88,32 @@ class Kernels:
         self._kernel, self._targets, self._at_once, self._memory = kernel, targets, at_once, memory
         # a checkpoint holds a gradient that later steps use, but not what it was made of
         self._ghosts = at_once and refresh == 1 and kernel in ("auto", "ghost")
+        self._device = next(iter(uses)).device.type
         self._used = 0
-        self.chosen: dict[tuple[Unit, Shape | None], How] = {}
+        self.calls: list[Chosen] = []  # of the step
 
     def begin(self) -> None:
         """A new step: no gradient is kept."""
-        self._used = 0
+        self._used, self.calls = 0, []
 
     def watches(self, unit: Unit) -> bool:
         """Whether the unit can use the inputs and output gradients of a target's pass."""
         return self._ghosts and unit in self._alone and _linear(unit) and unchanged(unit.module)
 
-    def of(self, unit: Unit, captured: Captured, inputs: Sequence[Any], output: Any) -> How:
-        """How the unit's call with these inputs and this output is valued."""
+    def of(self, unit: Unit, captured: Captured, inputs: Sequence[Any], output: Any, fits: bool) -> How:
+        """How the unit's call with these inputs and this output is valued.
+
+        `fits`: what the unit computes follows from its type, and its rows stand where a kernel can take them.
+        """
         plain = len(inputs) == 1 and isinstance(inputs[0], Tensor) and isinstance(output, Tensor)
         shape = _shape(unit, captured, inputs[0], output) if plain else None
         pairs = [of.pairs.get(unit, []) for of in captured.formed.ahead or ()]
         rows = [sum(len(a) for a, _ in of) for of in pairs] if all(pairs) else []
-        how = self._how(unit, shape, rows)
+        how = self._how(unit, shape, rows) if fits else "tangent"
         if how == "fused" and shape is not None and not self._at_once:
             self._used += shape.formed
-        self.chosen[unit, shape] = how
+        size = sum(x.nbytes for x in (*inputs, output) if isinstance(x, Tensor))
+        self.calls.append(Chosen(unit, how, shape, size, rows))
         return how
 
     def _how(self, unit: Unit, shape: Shape | None, target_rows: Sequence[int]) -> How:
@@ -123,8 +140,7 @@ class Kernels:
 
     def cost(self, how: How, shape: Shape, target_rows: Sequence[int] = ()) -> float:
         """Work beyond plain training, in floating point operations."""
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        of_a_byte, K = _INTENSITY[device][shape.size], self._targets
+        of_a_byte, K = _INTENSITY.get(self._device, _INTENSITY["cuda"])[shape.size], self._targets
         products = 2.0 * shape.N * shape.R * shape.I * shape.O
         if how == "tangent":
             return K * (products + 3 * shape.N * shape.R * shape.O * shape.size * of_a_byte)

@@ -6,54 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils.data import Dataset
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback
 
 from inrun import Attributor, InrunError, Ledger
 from inrun.integrations.transformers import attach, last_checkpoint, model_loss
 from inrun.lm.tokens import Collate
-from tests.models import VOCABULARY, hugging_face_gpt2
-
-
-class Texts(Dataset[dict[str, Any]]):
-    """Examples of uneven lengths, with ids, and a column that the model does not take."""
-
-    def __init__(self, n: int, seed: int = 0, ids: bool = True) -> None:
-        generator = torch.Generator().manual_seed(seed)
-        self.rows = [
-            {"input_ids": torch.randint(0, VOCABULARY, (5 + k % 4,), generator=generator), "note": "more"}
-            for k in range(n)
-        ]
-        if ids:
-            for k, row in enumerate(self.rows):
-                row["id"] = f"text-{k}"
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, k: int) -> dict[str, Any]:
-        return self.rows[k]
-
-
-def trainer_of(folder: Path, data: Dataset[dict[str, Any]], **arguments: Any) -> Trainer:
-    torch.manual_seed(0)
-    settings: dict[str, Any] = {
-        "output_dir": str(folder), "max_steps": 6, "per_device_train_batch_size": 4, "per_device_eval_batch_size": 3,
-        "gradient_accumulation_steps": 2, "learning_rate": 1e-2, "warmup_steps": 2, "max_grad_norm": 0.5,
-        "logging_steps": 1,
-        "save_strategy": "no", "disable_tqdm": True, "report_to": [], "dataloader_pin_memory": False, "seed": 3,
-    }  # fmt: skip
-    return Trainer(
-        model=hugging_face_gpt2(dropout=0.1),
-        args=TrainingArguments(**(settings | arguments)),
-        train_dataset=data,
-        eval_dataset=Texts(5, seed=9),
-        data_collator=Collate(pad=0),
-    )
-
-
-def losses(trainer: Trainer) -> list[float]:
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+from tests.integrations.trainers import Texts, losses, trainer_of, without_dropout
+from tests.models import hugging_face_gpt2
 
 
 def test_training_is_bit_identical_and_every_example_is_valued(tmp_path: Path) -> None:
@@ -64,6 +23,7 @@ def test_training_is_bit_identical_and_every_example_is_valued(tmp_path: Path) -
         trainer,
         {"dataset": Texts(7, seed=8), "batch": Collate(pad=0)(Texts(3, seed=7, ids=False).rows)},
         ledger=tmp_path / "run",
+        kernel="tangent",
     )
     trainer.train()
     assert losses(trainer) == losses(plain)
@@ -125,14 +85,6 @@ def test_a_trainers_values_are_those_of_the_plain_loop(tmp_path: Path) -> None:
             optimizer.zero_grad()
             assert attributor.last is not None
             torch.testing.assert_close(attributor.last.values["t"], values["t"], rtol=1e-4, atol=1e-8)
-
-
-def without_dropout(model: Any) -> PreTrainedModel:
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-    assert isinstance(model, PreTrainedModel)
-    return model
 
 
 def test_a_resumed_trainer_has_the_same_ledger(tmp_path: Path) -> None:

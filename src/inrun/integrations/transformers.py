@@ -104,8 +104,11 @@ class InrunCallback(TrainerCallback):
             self.attributor.load_state_dict(_stored_state(_checkpoint(args, state), state.global_step))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        # the ledger must not be behind the checkpoint that is about to be written
-        if self.attributor is not None and control.should_save:
+        if self.attributor is None:
+            return
+        if self._trainer.accelerator.optimizer_step_was_skipped:  # by a gradient scaler: these batches moved nothing
+            self.attributor.discard()
+        if control.should_save:  # the ledger must not be behind the checkpoint that is about to be written
             self.attributor.flush()
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -116,7 +119,7 @@ class InrunCallback(TrainerCallback):
         folder = _checkpoint(args, state)
         tensors: list[Tensor] = []
         mark = {"step": state.global_step}
-        if self.attributor is not None and self.attributor.step == state.global_step:
+        if self.attributor is not None:  # whose steps are fewer than the trainer's where a scaler left some out
             mark = _without_tensors(self.attributor.state_dict(), tensors)
         if tensors:
             save_file({str(k): x.contiguous() for k, x in enumerate(tensors)}, folder / STATE)

@@ -1,0 +1,61 @@
+"""What values lose when the target's gradient is used for several steps, and when its batches rotate.
+
+    python -m experiments.refresh.run [--quick] [--store FOLDER] [--out FOLDER]
+
+Every finished run is a file in the store; a study that was stopped goes on from there. Results are written to the
+folder --out: result.json, the tables of README.md, figure.svg.
+"""
+
+import argparse
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+
+from experiments.refresh import report
+from experiments.refresh.training import QUICK, Piece, Study, pieces_of, train, write_text
+
+
+def compute(study: Study, folder: Path, console: Console) -> dict[Piece, Path]:
+    """Bring every piece into the store, with one thread."""
+    folder.mkdir(parents=True, exist_ok=True)
+    text = folder / "text.npz"
+    if not text.exists():
+        console.print("reading and tokenizing the text", highlight=False)
+        write_text(study, text)
+    paths = {piece: folder / f"{piece.name}.npz" for piece in pieces_of(study)}
+    missing = [piece for piece, path in paths.items() if not path.exists()]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    for k, piece in enumerate(missing, start=1):
+        found = train(study, text, piece)
+        draft = folder / f".{piece.name}.partial.npz"
+        np.savez(draft, **found)
+        os.replace(draft, paths[piece])
+        console.print(f"{k}/{len(missing)}  {piece.name}", highlight=False)
+    torch.set_num_threads(threads)
+    return paths
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a tiny study, to see that everything works")
+    parser.add_argument("--store", type=Path, default=Path("runs/study-refresh"), help="where pieces are kept")
+    parser.add_argument("--out", type=Path, help="where results go; by default here, or to the store if --quick")
+    parser.add_argument("--no-figure", action="store_true", help="leave the figure out, which needs matplotlib")
+    options = parser.parse_args(arguments)
+    study = QUICK if options.quick else Study()
+    folder = options.store / study.fingerprint()
+    console = Console()
+    begun = time.monotonic()
+    paths = compute(study, folder, console)
+    out = options.out or (folder if options.quick else Path(__file__).parent)
+    report.write(report.summarise(study, paths), out, figure=not options.no_figure)
+    console.print(f"{out / 'result.json'}  ({(time.monotonic() - begun) / 60:.1f} min)", highlight=False)
+
+
+if __name__ == "__main__":
+    main()

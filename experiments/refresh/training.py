@@ -1,0 +1,199 @@
+"""What the study trains: its settings, real text with its sources, and a run whose every value is kept."""
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from experiments.fidelity.training import GPT, loss, optimizers_of
+from experiments.fidelity.training import Study as Model
+from inrun import Attributor, Ledger
+
+OTHER = "other"  # the target of as many other sequences
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """Where targets rotate: a row of the study's second part."""
+
+    optimizer: str
+    rate: float
+    scheme: str
+
+
+@dataclass(frozen=True)
+class Study:
+    """Everything that decides the results: equal settings give equal ones."""
+
+    sources: tuple[str, ...] = ("scripture", "code", "news", "parliament", "tweets")
+    characters: int = 60_000  # of each source
+    vocabulary: int = 512
+    length: int = 32  # tokens of an example
+    width: int = 40
+    layers: int = 2
+    heads: int = 2
+    examples: int = 128  # of each source, in the training set
+    epochs: int = 4
+    batch: int = 16
+    target: int = 16  # held-out sequences
+    warmup: int = 30
+    seeds: tuple[int, ...] = (0, 1, 2)
+    rates: tuple[tuple[str, float], ...] = (("sgd", 0.1), ("sgd", 0.3), ("adamw", 1e-3), ("adamw", 5e-3))
+    refresh: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
+    rotations: tuple[Rotation, ...] = (Rotation("sgd", 0.1, "first"), Rotation("adamw", 1e-3, "path"))
+    sizes: tuple[int, ...] = (8, 4, 2, 1)  # sequences of a rotating batch
+    both: int = 4  # the refresh that is tried with the smallest of them
+
+    @property
+    def steps(self) -> int:
+        """Of a run: whole epochs."""
+        return self.epochs * (len(self.sources) * self.examples // self.batch)
+
+    def fingerprint(self) -> str:
+        """A hash of what decides a piece beside its name: one that is stored is only used again with the same."""
+        listed = ("seeds", "rates", "refresh")
+        settings = {name: value for name, value in asdict(self).items() if name not in listed}
+        return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]
+
+
+QUICK = Study(
+    sources=("scripture", "code"), characters=30_000, vocabulary=300, length=12, width=16, layers=1, examples=20,
+    epochs=2, batch=5, target=4, warmup=4, seeds=(0,), rates=(("sgd", 0.1), ("adamw", 5e-3)), refresh=(1, 2, 4),
+    rotations=(Rotation("sgd", 0.1, "first"), Rotation("adamw", 5e-3, "path")), sizes=(2, 1), both=2,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One training run with its values: what is computed and stored at a time."""
+
+    optimizer: str
+    rate: float
+    scheme: str
+    refresh: int
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.optimizer}-{self.rate:g}-{self.scheme}-refresh{self.refresh}-seed{self.seed}"
+
+
+def pieces_of(study: Study) -> Iterator[Piece]:
+    for seed in study.seeds:
+        for optimizer, rate in study.rates:
+            yield Piece(optimizer, rate, "path", 1, seed)
+            for refresh in study.refresh:
+                yield Piece(optimizer, rate, "first", refresh, seed)
+
+
+def sizes_of(study: Study, piece: Piece) -> list[int]:
+    """How many sequences the batches of the piece's targets have: all in one, and what it tries rotation with."""
+    for rotation in study.rotations:
+        if (piece.optimizer, piece.rate) == (rotation.optimizer, rotation.rate):
+            if piece.scheme == rotation.scheme and piece.refresh == 1:
+                return [study.target, *study.sizes]
+            if piece.scheme == "first" and piece.refresh in (1, study.both):
+                return [study.target, min(study.sizes)]
+    return [study.target]
+
+
+def write_text(study: Study, path: Path) -> None:
+    """Real text as examples of equal length, in a file: `train` and `held_out` [examples, T] of token numbers, and for
+    each its source's place in `study.sources`, `train_source` and `held_out_source` [examples].
+
+    The tokenizer is trained on this text. One document in ten is held out, and no example crosses documents.
+    """
+    from inrun.lm.sources import demo_mixture  # slow to import, and needed once
+    from inrun.lm.tokens import train_tokenizer
+
+    documents = list(demo_mixture(study.characters, names=study.sources))
+    texts = [document.text for document in documents]
+    tokenizer = train_tokenizer(texts, study.vocabulary)
+    parts: dict[str, list[list[int]]] = {"train": [], "held_out": []}
+    sources: dict[str, list[int]] = {"train": [], "held_out": []}
+    for k, ids in enumerate(tokenizer(texts, add_special_tokens=False)["input_ids"]):
+        part = "held_out" if k % 10 == 0 else "train"
+        for start in range(0, len(ids) - study.length + 1, study.length):
+            parts[part].append(ids[start : start + study.length])
+            sources[part].append(study.sources.index(str(documents[k].columns["domain"])))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_suffix(".partial.npz")
+    arrays = parts | {f"{part}_source": of for part, of in sources.items()}
+    np.savez(draft, **{name: np.array(array) for name, array in arrays.items()})
+    draft.replace(path)
+
+
+class Data:
+    """What a seed decides beside the weights: the training set, its order, and the held-out sequences."""
+
+    def __init__(self, study: Study, text: Path, seed: int) -> None:
+        self._study, self._random = study, np.random.default_rng(seed)
+        with np.load(text) as arrays:
+            places = [np.flatnonzero(arrays["train_source"] == k) for k in range(len(study.sources))]
+            chosen = np.concatenate([self._random.choice(of, study.examples, replace=False) for of in places])
+            self._train = torch.from_numpy(arrays["train"][chosen])
+            self.source: NDArray[np.int64] = arrays["train_source"][chosen]
+            held_out = self._random.choice(len(arrays["held_out"]), 2 * study.target, replace=False)
+            self.target, self.other = torch.from_numpy(arrays["held_out"][held_out]).split(study.target)
+
+    def batches(self) -> Iterator[tuple[NDArray[np.int64], Tensor]]:
+        """The examples' places in the training set, and their tokens; every epoch in another order."""
+        size = self._study.batch
+        for _ in range(self._study.epochs):
+            order = self._random.permutation(len(self._train))
+            for start in range(0, len(order) - size + 1, size):
+                places = order[start : start + size]
+                yield places, self._train[torch.from_numpy(places)]
+
+
+def train(study: Study, text: Path, piece: Piece) -> dict[str, NDArray[Any]]:
+    """A run in float32 with an Attributor, as in a user's loop.
+
+    Returns:
+        `places` [steps, B]: which examples each step used; `source` [examples]; `loss` [2]: the target's at the first
+        and last gradient; `weights`: a hash of those that the run ends with; and for every target NAME (the size of
+        its batches, or "other") `values-NAME` [steps, B] in nats and `taken-NAME` [steps], how many gradients of it
+        the step took.
+    """
+    torch.manual_seed(piece.seed)
+    settings = {name: getattr(study, name) for name in ("vocabulary", "length", "width", "layers", "heads")}
+    model = GPT(Model(**settings))
+    (optimizer,) = optimizers_of(piece.optimizer, model, piece.rate)
+    data = Data(study, text, piece.seed)
+    sizes = sizes_of(study, piece)
+    targets: dict[str, list[Tensor]] = {str(size): list(data.target.split(size)) for size in sizes}
+    if len(sizes) > 2:
+        targets[OTHER] = [data.other]
+    values: dict[str, list[NDArray[Any]]] = {name: [] for name in targets}
+    used = []
+    with tempfile.TemporaryDirectory() as folder:
+        with Attributor(
+            model, optimizer, targets, loss, scheme=piece.scheme, refresh=piece.refresh, kernel="tangent", ledger=folder
+        ) as attributor:
+            for step, (places, ids) in enumerate(data.batches(), start=1):
+                for group in optimizer.param_groups:
+                    group["lr"] = piece.rate * min(1.0, step / study.warmup)
+                with attributor.batch(places):
+                    loss(model, ids).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                used.append(places)
+                assert attributor.last is not None
+                for name, of in attributor.last.values.items():
+                    values[name].append(of.numpy())
+        rows = Ledger(folder).steps().sort("step")
+    found: dict[str, NDArray[Any]] = {"places": np.array(used), "source": data.source}
+    for name, listed in values.items():
+        mine = rows.filter(rows["target"] == name)
+        found |= {f"values-{name}": np.array(listed), f"taken-{name}": mine["target_gradients"].to_numpy()}
+    whole = rows.filter(rows["target"] == str(study.target))["loss"]
+    weights = b"".join(p.detach().numpy().tobytes() for p in model.parameters())
+    return found | {"loss": whole.to_numpy()[[0, -1]], "weights": np.array(hashlib.sha256(weights).hexdigest())}

@@ -1,0 +1,73 @@
+"""The study of refresh and rotation, at its smallest, from text to result."""
+
+import json
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from experiments.refresh import report, run, training
+
+
+def test_quick(tmp_path: Path) -> None:
+    figure = find_spec("matplotlib") is not None
+    arguments = ["--quick", "--store", str(tmp_path / "store"), "--out", str(tmp_path / "out")]
+    arguments += [] if figure else ["--no-figure"]
+    run.main(arguments)
+    written = (tmp_path / "out" / "result.json").read_text("utf-8")
+    result = json.loads(written)
+    found = {(row["optimizer"], row["refresh"]): row for row in _rows(result["refresh"])}
+    for optimizer in ("sgd", "adamw"):
+        taken = [found[optimizer, k]["taken"][0] for k in training.QUICK.refresh]
+        steps = range(1, training.QUICK.steps + 1)
+        assert taken == [len({step // k for step in steps}) for k in training.QUICK.refresh]
+        assert found[optimizer, 1]["step_error"] == [0, 0, 0]
+        assert 0 < found[optimizer, 2]["step_error"][0] < found[optimizer, 4]["step_error"][0] < 1
+        assert found[optimizer, 2]["example_spearman"][0] > 0.9
+    rotated = {(row["optimizer"], row["batch"]): row for row in _rows(result["rotation"])}
+    for optimizer in ("sgd", "adamw"):
+        assert rotated[optimizer, "2"]["example_spearman"][0] > rotated[optimizer, "1"]["step_spearman"][0]
+    assert "| AdamW, 0.005 | 4 |" in (tmp_path / "out" / "README.md").read_text("utf-8")
+    assert (tmp_path / "out" / "figure.svg").exists() == figure
+
+    pieces = {path: path.stat().st_mtime_ns for path in tmp_path.glob("store/*/*.npz")}
+    (lost,) = tmp_path.glob("store/*/adamw-0.005-first-refresh2-seed0.npz")
+    lost.unlink()
+    run.main(arguments)
+    again = {path: path.stat().st_mtime_ns for path in tmp_path.glob("store/*/*.npz")}
+    assert [path for path in pieces if pieces[path] != again[path]] == [lost]
+    assert (tmp_path / "out" / "result.json").read_text("utf-8") == written
+
+
+def test_a_step_that_takes_the_gradient_has_its_own_values(tmp_path: Path) -> None:
+    text = tmp_path / "text.npz"
+    training.write_text(training.QUICK, text)
+    every, third = (
+        training.train(training.QUICK, text, training.Piece("adamw", 5e-3, "first", refresh, 0)) for refresh in (1, 3)
+    )
+    taken = third["taken-4"] > 0
+    assert every["weights"] == third["weights"]
+    assert np.array_equal(every["values-4"][taken], third["values-4"][taken])
+    assert not (every["values-4"] == third["values-4"])[~taken].all(axis=1).any()
+
+
+def test_totals_by_example_and_source() -> None:
+    places, source = np.array([[0, 1], [1, 2]]), np.array([0, 0, 1])
+    truth = np.array([[1.0, 1.0], [1.0, 4.0]])  # 1, 2 and 4 by example, 3 and 4 by source
+    values = np.array([[2.0, 1.0], [0.0, 4.0]])  # 2, 1 and 4; 3 and 4
+    found = report.by_total({"places": places, "source": source}, values, truth)
+    assert found == pytest.approx(
+        {
+            "example_error": (2 / 21) ** 0.5,
+            "example_spearman": 0.5,
+            "top": 1.0,
+            "source_error": 0.0,
+            "source_spearman": 1.0,
+        }
+    )
+
+
+def _rows(table: dict[str, list[Any]]) -> list[dict[str, Any]]:
+    return [dict(zip(table["columns"], row, strict=True)) for row in table["rows"]]
