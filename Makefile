@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: setup demo test check bench study-fidelity clean
+.PHONY: setup demo test check bench study-fidelity study-refresh clean
 
 setup: $(INSTALLED)
 
@@ -35,6 +35,10 @@ bench: setup
 study-fidelity: setup
 	$(BIN)/python -m pip install --quiet --no-warn-conflicts --constraint constraints.txt --group study
 	$(BIN)/python -m experiments.fidelity.run
+
+study-refresh: setup
+	$(BIN)/python -m pip install --quiet --no-warn-conflicts --constraint constraints.txt --group study
+	$(BIN)/python -m experiments.refresh.run
 
 clean:
 	rm -rf .venv .mypy_cache .ruff_cache .hypothesis

@@ -232,8 +232,8 @@ def play(run: Run, study: Study, step: int, ids: Tensor, seed: int) -> dict[str,
         seconds = time.process_time() - begun
         values = torch.zeros(game.players, dtype=torch.float64)
         for parameter, p in run.model.named_parameters():
-            if p in direction.q:
-                values += contributions[parameter].flatten(1) @ direction.q[p].flatten()
+            if p in direction.vectors:
+                values += contributions[parameter].flatten(1) @ direction.q(p).flatten()
         schemes[name] = compare(values, shapley) | {
             "total": float(values.sum() - drop) / abs(drop),
             "target_gradients": direction.target_gradients,

@@ -3,7 +3,8 @@
 import importlib
 import platform
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from experiments.fidelity.report import NAMES, as_text, fill, processor, short
-from experiments.refresh.training import OTHER, Piece, Study, sizes_of
+from experiments.refresh.training import OTHER, Piece, Study
 from inrun.game import spearman
 
 Row = dict[str, Any]
@@ -108,29 +109,32 @@ def _training(study: Study, optimizer: str, rate: float, runs: Mapping[Piece, Ru
 
 def _refresh(study: Study, runs: Mapping[Piece, Run]) -> Iterator[Row]:
     """`first` with an older gradient against the same without, and against the path."""
-    whole = str(study.target)
     for optimizer, rate in study.rates:
         for refresh in study.refresh:
+            piece = Piece(optimizer, rate, "first", refresh, seed=0)
+            found = _over_seeds(study, partial(_against_new, study, runs, piece))
+            yield {"optimizer": optimizer, "rate": rate, "refresh": refresh, **found}
 
-            def of_seed(seed: int, key: tuple[str, float] = (optimizer, rate), refresh: int = refresh) -> Row:
-                run = runs[Piece(*key, "first", refresh, seed)]
-                values, taken = run[f"values-{whole}"], run[f"taken-{whole}"]
-                first = runs[Piece(*key, "first", 1, seed)][f"values-{whole}"]
-                path = runs[Piece(*key, "path", 1, seed)][f"values-{whole}"]
-                stale = taken == 0 if refresh > 1 else taken == 1
-                against_path = by_step(values, path, taken >= 0) | by_total(run, values, path)
-                return {
-                    "taken": int(taken.sum()),
-                    **by_step(values, first, stale),
-                    **by_total(run, values, first),
-                    **{f"path_{name}": value for name, value in against_path.items()},
-                }
 
-            yield {"optimizer": optimizer, "rate": rate, "refresh": refresh, **_over_seeds(study, of_seed)}
+def _against_new(study: Study, runs: Mapping[Piece, Run], piece: Piece, seed: int) -> dict[str, float]:
+    """The piece's values, of another seed."""
+    whole = str(study.target)
+    run = runs[replace(piece, seed=seed)]
+    first = runs[replace(piece, seed=seed, refresh=1)][f"values-{whole}"]
+    path = runs[replace(piece, seed=seed, refresh=1, scheme="path")][f"values-{whole}"]
+    values, taken = run[f"values-{whole}"], run[f"taken-{whole}"]
+    older = taken == 0 if piece.refresh > 1 else taken == 1
+    against_path = by_step(values, path, taken >= 0) | by_total(run, values, path)
+    return {
+        "taken": int(taken.sum()),
+        **by_step(values, first, older),
+        **by_total(run, values, first),
+        **{f"path_{name}": value for name, value in against_path.items()},
+    }
 
 
 def _ages(study: Study, runs: Mapping[Piece, Run]) -> Iterator[Row]:
-    """The longest refresh's error by the gradient's age, after warm-up: medians and middle halves over steps and seeds."""
+    """The longest refresh's error by the gradient's age, after warm-up: median and middle half over steps and seeds."""
     refresh, whole = max(study.refresh), str(study.target)
     for optimizer, rate in study.rates:
         errors, ages = [], []
@@ -149,11 +153,9 @@ def _ages(study: Study, runs: Mapping[Piece, Run]) -> Iterator[Row]:
 def _rotation(study: Study, runs: Mapping[Piece, Run]) -> Iterator[Row]:
     """Rotating batches, and as many other sequences, against all sequences at every step."""
     for one in study.rotations:
-        key = (one.optimizer, one.rate, one.scheme)
+        piece = Piece(one.optimizer, one.rate, one.scheme, 1, seed=0)
         for name in [*map(str, study.sizes), OTHER]:
-            found = _over_seeds(
-                study, lambda seed, key=key, name=name: _against_whole(study, runs, *key, 1, name, seed)
-            )
+            found = _over_seeds(study, partial(_against_whole, study, runs, piece, name))
             yield {"optimizer": one.optimizer, "rate": one.rate, "scheme": one.scheme, "batch": name, **found}
 
 
@@ -162,23 +164,15 @@ def _both(study: Study, runs: Mapping[Piece, Run]) -> Iterator[Row]:
     least = min(study.sizes)
     for one in study.rotations:
         for refresh, size in ((study.both, study.target), (1, least), (study.both, least)):
-            key = (one.optimizer, one.rate, "first", refresh, str(size))
-            found = _over_seeds(study, lambda seed, key=key: _against_whole(study, runs, *key, seed))
+            piece = Piece(one.optimizer, one.rate, "first", refresh, seed=0)
+            found = _over_seeds(study, partial(_against_whole, study, runs, piece, str(size)))
             yield {"optimizer": one.optimizer, "rate": one.rate, "refresh": refresh, "batch": size, **found}
 
 
-def _against_whole(
-    study: Study,
-    runs: Mapping[Piece, Run],
-    optimizer: str,
-    rate: float,
-    scheme: str,
-    refresh: int,
-    name: str,
-    seed: int,
-) -> dict[str, float]:
-    run = runs[Piece(optimizer, rate, scheme, refresh, seed)]
-    truth = runs[Piece(optimizer, rate, scheme, 1, seed)][f"values-{study.target}"]
+def _against_whole(study: Study, runs: Mapping[Piece, Run], piece: Piece, name: str, seed: int) -> dict[str, float]:
+    """The piece's values, of another seed, for this target: against a new gradient of all sequences."""
+    run = runs[replace(piece, seed=seed)]
+    truth = runs[replace(piece, seed=seed, refresh=1)][f"values-{study.target}"]
     values = run[f"values-{name}"]
     return by_step(values, truth, np.ones(len(values), dtype=bool)) | by_total(run, values, truth)
 
@@ -203,8 +197,8 @@ def tables(result: Row) -> str:
             f"totals Spearman and overlap of the {TOP:.0%} largest by example, relative error by source. Against "
             "`path` with one node: the same in short, over all steps.",
             _refresh_table(result),
-            f"**Rotation**: a target of {whole} sequences in rotating batches, one a step, against all {whole} at every "
-            f"step. `{OTHER}`: {whole} other held-out sequences at every step.",
+            f"**Rotation**: a target of {whole} sequences in rotating batches, one a step, against all {whole} at "
+            f"every step. `{OTHER}`: {whole} other held-out sequences at every step.",
             _rotation_table(result),
             "**Both**, under `first`, against all sequences at every step.",
             _both_table(result),

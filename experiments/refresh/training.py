@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from experiments.fidelity.training import GPT, loss, optimizers_of
 from experiments.fidelity.training import Study as Model
 from inrun import Attributor, Ledger
 
+Scheme = Literal["path", "first"]
 OTHER = "other"  # the target of as many other sequences
 
 
@@ -26,7 +27,7 @@ class Rotation:
 
     optimizer: str
     rate: float
-    scheme: str
+    scheme: Scheme
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ class Piece:
 
     optimizer: str
     rate: float
-    scheme: str
+    scheme: Scheme
     refresh: int
     seed: int
 
@@ -126,8 +127,8 @@ def write_text(study: Study, path: Path) -> None:
             sources[part].append(study.sources.index(str(documents[k].columns["domain"])))
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_suffix(".partial.npz")
-    arrays = parts | {f"{part}_source": of for part, of in sources.items()}
-    np.savez(draft, **{name: np.array(array) for name, array in arrays.items()})
+    arrays: dict[str, Any] = parts | {f"{part}_source": of for part, of in sources.items()}
+    np.savez(draft, **arrays)
     draft.replace(path)
 
 
@@ -142,7 +143,8 @@ class Data:
             self._train = torch.from_numpy(arrays["train"][chosen])
             self.source: NDArray[np.int64] = arrays["train_source"][chosen]
             held_out = self._random.choice(len(arrays["held_out"]), 2 * study.target, replace=False)
-            self.target, self.other = torch.from_numpy(arrays["held_out"][held_out]).split(study.target)
+            sequences = torch.from_numpy(arrays["held_out"][held_out])
+        self.target, self.other = sequences[: study.target], sequences[study.target :]
 
     def batches(self) -> Iterator[tuple[NDArray[np.int64], Tensor]]:
         """The examples' places in the training set, and their tokens; every epoch in another order."""
@@ -154,7 +156,7 @@ class Data:
                 yield places, self._train[torch.from_numpy(places)]
 
 
-def train(study: Study, text: Path, piece: Piece) -> dict[str, NDArray[Any]]:
+def train(study: Study, text: Path, piece: Piece) -> dict[str, Any]:
     """A run in float32 with an Attributor, as in a user's loop.
 
     Returns:
@@ -169,7 +171,7 @@ def train(study: Study, text: Path, piece: Piece) -> dict[str, NDArray[Any]]:
     (optimizer,) = optimizers_of(piece.optimizer, model, piece.rate)
     data = Data(study, text, piece.seed)
     sizes = sizes_of(study, piece)
-    targets: dict[str, list[Tensor]] = {str(size): list(data.target.split(size)) for size in sizes}
+    targets = {str(size): [data.target[k : k + size] for k in range(0, study.target, size)] for size in sizes}
     if len(sizes) > 2:
         targets[OTHER] = [data.other]
     values: dict[str, list[NDArray[Any]]] = {name: [] for name in targets}
@@ -182,7 +184,7 @@ def train(study: Study, text: Path, piece: Piece) -> dict[str, NDArray[Any]]:
                 for group in optimizer.param_groups:
                     group["lr"] = piece.rate * min(1.0, step / study.warmup)
                 with attributor.batch(places):
-                    loss(model, ids).backward()
+                    loss(model, ids).backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
                 optimizer.zero_grad()
                 used.append(places)
@@ -190,7 +192,7 @@ def train(study: Study, text: Path, piece: Piece) -> dict[str, NDArray[Any]]:
                 for name, of in attributor.last.values.items():
                     values[name].append(of.numpy())
         rows = Ledger(folder).steps().sort("step")
-    found: dict[str, NDArray[Any]] = {"places": np.array(used), "source": data.source}
+    found: dict[str, Any] = {"places": np.array(used), "source": data.source}
     for name, listed in values.items():
         mine = rows.filter(rows["target"] == name)
         found |= {f"values-{name}": np.array(listed), f"taken-{name}": mine["target_gradients"].to_numpy()}

@@ -175,7 +175,8 @@ class Credit:
         parts = {p: self._not_of_examples(self._names[p], mix) for p, mix in mixes.items()}
         for target, direction in found.items():
             total = momentum = decay = 0.0
-            for p, gradient in direction.q.items():
+            for p in direction.vectors:
+                gradient = direction.q(p)
                 mix, (old, decayed) = mixes[p], parts[p]
                 total -= _dot(gradient, moved_by[p])
                 momentum += _dot(gradient, old)

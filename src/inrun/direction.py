@@ -17,7 +17,7 @@ equally spaced ones, until the values' sum is the loss that the move really remo
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -40,11 +40,18 @@ _Gradients = tuple[float, list[Tensor | None]]
 class Direction:
     """One target's q, by parameter; the target's loss where the gradient was taken (the mean over the pieces); and how
     many backward passes over the target's batch it took.
+
+    `vectors` is q but for a factor, which all targets have in common: `factors` by parameter, one where there is none.
     """
 
-    q: dict[nn.Parameter, Tensor]
+    vectors: dict[nn.Parameter, Tensor]
     loss: float
     target_gradients: int
+    factors: Mapping[nn.Parameter, Tensor | float] = field(default_factory=dict)
+
+    def q(self, p: nn.Parameter) -> Tensor:
+        """The parameter's part of q."""
+        return self.vectors[p] * self.factors[p] if p in self.factors else self.vectors[p]
 
 
 class Scheme(Protocol):
@@ -147,6 +154,13 @@ class _Sum:
         return Direction(self.q, self.loss / self.nodes, target_gradients)
 
 
+def _single(piece: Piece, gradients: _Gradients, target_gradients: int) -> Direction:
+    """The direction of one piece with one node, whose chord is left to be multiplied with where it is used."""
+    loss, found = gradients
+    vectors, factors = piece.factored(found)
+    return Direction(vectors, loss, target_gradients, factors)
+
+
 class First:
     """The paper's first order: the gradient at w."""
 
@@ -180,9 +194,7 @@ class First:
             else:
                 mine = [ahead.gradient.get(p) for p in moves]
                 del self._taken[target.name]
-            sum_ = _Sum()
-            sum_.add(piece, (loss, mine))
-            found[target.name] = sum_.direction(int(taken == step))
+            found[target.name] = _single(piece, (loss, mine), int(taken == step))
         return found
 
     def _lasts(self, target: Target, step: int) -> bool:
@@ -236,10 +248,7 @@ class Second(AtTheStep):
     def directions(self, targets: Sequence[Target], step: int, moves: Moves) -> dict[str, Direction]:
         piece = Piece(moves, 0.0, 1.0, self._room)
         back = piece.back()
-        sums = {target.name: _Sum() for target in targets}
-        for target in targets:
-            sums[target.name].add(piece, target.second_order(step, back))
-        return {name: found.direction(2) for name, found in sums.items()}
+        return {target.name: _single(piece, target.second_order(step, back), 2) for target in targets}
 
 
 class Path(AtTheStep):
@@ -249,6 +258,11 @@ class Path(AtTheStep):
         self._pieces, self._nodes, self._room = pieces, nodes, Room()
 
     def directions(self, targets: Sequence[Target], step: int, moves: Moves) -> dict[str, Direction]:
+        if self._pieces == len(self._nodes) == 1:
+            piece, ((x, _),) = Piece(moves, 0.0, 1.0, self._room), self._nodes
+            with piece.at(x):
+                gradients = {target.name: target.gradient(step, list(moves)) for target in targets}
+            return {name: _single(piece, found, 1) for name, found in gradients.items()}
         sums = {target.name: _Sum() for target in targets}
         for k in range(self._pieces):
             piece = Piece(moves, k / self._pieces, (k + 1) / self._pieces, self._room)

@@ -15,7 +15,8 @@ from inrun.errors import InrunError
 from inrun.probe import Unit
 from inrun.tangent.ghost import Pair
 
-_COLUMNS = 2**16  # entries of a parameter that are contracted at once in another precision than they are in
+_ENTRIES = 2**18  # of the vectors are looked at together: they fit a processor's cache
+_WHOLE = 2**24  # of each, elsewhere
 
 
 @dataclass
@@ -136,16 +137,40 @@ class Formed:
 
 def shares(g: Tensor, vectors: Sequence[Tensor]) -> Tensor:
     """<g_i, v> of every vector v, which has the shape of g[0]: float64 [vectors, examples]."""
+    (found,), _, _ = products([g], None, vectors, None)
+    return found
+
+
+def products(
+    parts: Sequence[Tensor], whole: Tensor | None, vectors: Sequence[Tensor], factor: Tensor | float | None
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    """With q = factor * v for every vector v: <g_i, q> by part, [vectors, examples]; <G, q> and <q, q>, [vectors].
+
+    All in float64. Every number is read once, in blocks that fit a processor's cache, in which q is made.
+
+    Args:
+        parts: g, [examples, *shape] each. whole: G, or None, for which the other two results are zero.
+    """
     if not vectors:
-        return torch.zeros(0, len(g), dtype=torch.float64, device=g.device)
-    rows, flat = g.reshape(len(g), -1), [v.reshape(-1) for v in vectors]
-    if rows.dtype != flat[0].dtype:  # as under autocast: a product in the lower precision would lose digits
-        found = torch.zeros(len(g), len(flat), dtype=torch.float64, device=g.device)
-        for begin in range(0, rows.shape[1], _COLUMNS):
-            some = slice(begin, begin + _COLUMNS)
-            part = rows[:, some].to(flat[0].dtype)
-            found += torch.stack([part @ v[some] for v in flat], dim=1)
-        return found.T
-    if len(flat) > 1 and rows.shape[1] <= _COLUMNS:
-        return (torch.stack(flat) @ rows.T).double()
-    return torch.stack([rows @ v for v in flat]).double()
+        nothing = torch.zeros(0, dtype=torch.float64, device=parts[0].device if parts else None)
+        return [nothing.expand(len(g), 0).T for g in parts], nothing, nothing
+    flat, rows = [v.reshape(-1) for v in vectors], [g.reshape(len(g), -1) for g in parts]
+    device, dtype, K = flat[0].device, flat[0].dtype, len(flat)
+    found = [torch.zeros(K, len(g), dtype=torch.float64, device=device) for g in parts]
+    inner, squares = torch.zeros(2, K, dtype=torch.float64, device=device)
+    size = max(_ENTRIES // K, 2**13) if device.type == "cpu" else _WHOLE
+    times = factor.reshape(-1) if isinstance(factor, Tensor) and factor.ndim else factor
+    G = None if whole is None else whole.reshape(-1)
+    for begin in range(0, len(flat[0]), size):
+        some = slice(begin, begin + size)
+        q = torch.stack([v[some] for v in flat]) if K > 1 else flat[0][None, some]
+        if times is not None:
+            q = q * (times[some] if isinstance(times, Tensor) and times.ndim else times)
+        for g, into in zip(rows, found, strict=True):
+            # under autocast g is in lower precision: a product in it would lose digits
+            block = g[:, some].to(device, dtype)
+            into += (block @ q[0])[None] if K == 1 else q @ block.T
+        if G is not None:
+            inner += q @ G[some]
+            squares += (q * q).sum(dim=1)
+    return found, inner, squares

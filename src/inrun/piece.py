@@ -76,30 +76,35 @@ class Piece:
                 p.data = weight
             _exchange(shared, there)
 
-    def pull(self, gradients: Sequence[Tensor | None]) -> dict[nn.Parameter, Tensor]:
-        """The piece's part of q from the target's gradients, in the order of the moves; they are written over.
+    def factored(
+        self, gradients: Sequence[Tensor | None]
+    ) -> tuple[dict[nn.Parameter, Tensor], Mapping[nn.Parameter, Tensor | float]]:
+        """The piece's part of q from the target's gradients, in the order of the moves, as vectors and factors.
 
-        A parameter without a gradient is not in it.
+        A parameter without a gradient is in neither; where a vector has no factor, it is q itself.
         """
+        vectors = {p: g for p, g in zip(self._moves, gradients, strict=True) if g is not None}
+        with torch.no_grad():
+            for p in vectors.keys() & self._coupled.keys():
+                vectors[p] = self._coupled[p][2](vectors[p])
+            self._fill(p for p in vectors if p not in self._coupled)
+        return vectors, self._chords
+
+    def pull(self, gradients: Sequence[Tensor | None]) -> dict[nn.Parameter, Tensor]:
+        """The same as one: q, in new tensors or those of the gradients."""
+        vectors, factors = self.factored(gradients)
         q: dict[nn.Parameter, Tensor] = {}
         storages: set[int] = set()
-        for p, gradient in zip(self._moves, gradients, strict=True):
-            if gradient is not None:
-                storage = gradient.untyped_storage()
-                # autograd may hand out one tensor for two parameters, or one number for many entries
-                mine = storage.data_ptr() not in storages and storage.nbytes() >= gradient.nbytes
-                storages.add(storage.data_ptr())
-                q[p] = gradient if mine else gradient.clone(memory_format=torch.contiguous_format)
+        for p, vector in vectors.items():
+            storage = vector.untyped_storage()
+            # autograd may hand out one tensor for two parameters, or one number for many entries
+            mine = storage.data_ptr() not in storages and storage.nbytes() >= vector.nbytes
+            storages.add(storage.data_ptr())
+            q[p] = vector if mine else vector.clone(memory_format=torch.contiguous_format)
         with torch.no_grad():
-            for p in q.keys() & self._coupled.keys():
-                q[p] = self._coupled[p][2](q[p])
-            self._fill(p for p in q if p not in self._coupled)
-            rates = {p: c for p in q if isinstance(c := self._chords.get(p), float)}
-            chords = {p: c for p in q if isinstance(c := self._chords.get(p), Tensor)}
-            if rates:
-                torch._foreach_mul_([q[p] for p in rates], list(rates.values()))
-            if chords:
-                torch._foreach_mul_([q[p] for p in chords], list(chords.values()))
+            for p, x in q.items():
+                if p in factors:
+                    x.mul_(factors[p])
         return q
 
     def back(self) -> dict[nn.Parameter, Tensor]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from inrun.books import Audit, Group, check_conservation, losses_without_data
+from inrun.captured import Captured
 from inrun.direction import Scheme, Watch
 from inrun.errors import InrunError, NonFiniteError
 from inrun.formed import Ahead
@@ -92,22 +93,18 @@ class Account:
             valued.losses = losses_without_data(self._targets, step, moves)
         found = self._scheme.directions(self._targets, step, moves)
         scales = received.scales(moves)
-        # g_i as the optimizer receives it is scale * (g_i as backward made it); the scale goes over to q
-        directions = [direction.q for direction in found.values()]
-        if scales is not None:
-            directions = [{p: towards * scales[p] for p, towards in q.items()} for q in directions]
-        factors = self._factors(pending, moves, scales)
-        parts = [contract(m.captured, directions, factors, self._group_of, len(self._groups)) for m in pending]
-        values = torch.cat([part.values for part in parts], dim=1).cpu()
-        seen, size = (torch.stack(of).sum(dim=0) for of in zip(*((p.seen, p.size) for p in parts), strict=True))
-        coarse = {k for part in parts for k in part.coarse}
+        batches, directions = [microbatch.captured for microbatch in pending], list(found.values())
+        paid = self._paid(batches, moves, scales)
+        through = contract(batches, directions, scales, paid, received, self._group_of, len(self._groups))
+        values = through.values.cpu()
         for k, (name, direction) in enumerate(found.items()):
             if not bool(values[k].isfinite().all()):
                 raise NonFiniteError(f"a value for target {name!r} is not finite")
             where = f"step {step}, target {name!r}"
-            conservation = check_conservation(
-                self._groups, seen[k], size[k], received.raw, received.squares, directions[k], coarse, where
+            seen, size, expected, lengths = (
+                x[k] for x in (through.seen, through.size, through.expected, through.lengths)
             )
+            conservation = check_conservation(self._groups, seen, size, expected, lengths, through.coarse, where)
             valued.step.values[name], valued.step.losses[name] = values[k], direction.loss
             valued.rows[name] = {
                 "loss": direction.loss,
@@ -122,12 +119,12 @@ class Account:
                 valued.rows[name] |= game.row()
         return valued
 
-    def _factors(
-        self, pending: Sequence[Microbatch], moves: Moves, scales: Mapping[nn.Parameter, Tensor] | None
+    def _paid(
+        self, batches: Sequence[Captured], moves: Moves, scales: Mapping[nn.Parameter, Tensor] | None
     ) -> dict[nn.Parameter, Tensor | float]:
         """q over what gradients were contracted with on the spot, by parameter."""
         factors: dict[nn.Parameter, Tensor | float] = {}
-        for p in {p for microbatch in pending for p in microbatch.captured.formed.paid}:
+        for p in {p for batch in batches for p in batch.formed.paid}:
             rate, scale = moves[p].update.rate(moves[p], 0.0, 1.0), 1.0 if scales is None else scales[p]
             assert rate is not None
             if isinstance(scale, Tensor) and scale.ndim:

@@ -435,8 +435,8 @@ def error_in_a_game(kind: type[Optimizer], nodes: int, seed: int) -> float:
     found = Path(nodes, [(0.5, 1.0)]).directions(
         [Target("t", [0], lambda m, _: target(m), Evaluation(model))], 0, moves
     )
-    for p, q in found["t"].q.items():
-        values += (g[names[p]] * q).flatten(1).sum(dim=1)
+    for p in found["t"].vectors:
+        values += (g[names[p]] * found["t"].q(p)).flatten(1).sum(dim=1)
     return float((values - shapley).norm() / shapley.norm())
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import polars as pl
 import pytest
+import tyro
 from rich.console import Console
 
 from inrun import InrunError, Ledger
@@ -137,8 +138,16 @@ def test_a_folder_with_a_run_and_a_resumption_with_other_options_are_refused(cor
     train(replace(config, steps=2), Console(quiet=True))
     with pytest.raises(InrunError, match=r"already holds a run.*--resume"):
         train(config, Console(quiet=True))
-    with pytest.raises(InrunError, match=r"other options: --nodes 3 \(the run has 1\)"):
-        train(replace(config, steps=2, nodes=3, resume=True), Console(quiet=True))
+    for changes, says in (
+        ({"nodes": 3}, r"--nodes 3 \(the run has 1\)"),
+        (
+            {"kernel": "perexample", "refresh": 2},
+            r"--refresh 2 \(the run has 1\); --kernel perexample \(the run has auto\)",
+        ),
+        ({"memory": 2**30}, r"--memory 1073741824 \(the run has auto\)"),
+    ):
+        with pytest.raises(InrunError, match=f"other options: {says}"):
+            train(replace(config, steps=2, resume=True, **changes), Console(quiet=True))
     with pytest.raises(InrunError, match=r"no run to resume here"):
         train(Train(out=tmp_path / "none", resume=True), Console(quiet=True))
 
@@ -252,18 +261,59 @@ def test_a_closed_pipe_ends_a_run_with_a_word_on_how_to_go_on(corpus: Path, tmp_
     assert "Traceback" not in told
 
 
-def test_a_run_that_pays_credit_goes_on_from_its_checkpoint(corpus: Path, tmp_path: Path) -> None:
+@pytest.mark.filterwarnings("ignore:what a step must keep")
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"momentum": "credit"},
+        {"scheme": "first", "refresh": 5, "kernel": "perexample"},
+        {"kernel": "tangent", "memory": 500_000},
+    ],
+)
+def test_a_run_goes_on_from_its_checkpoint(corpus: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
     """Broken off after a checkpoint and resumed, its ledger is that of the run in one piece."""
-    config = replace(small(corpus, tmp_path / "run"), momentum="credit")
+    config = replace(small(corpus, tmp_path / "run"), **changes)
     train(config, Console(quiet=True))
+    stored = json.loads((config.out / "config.json").read_text())
+    assert {name: stored[name] for name in changes} == changes
     whole = Ledger(config.out).scan().collect(), Ledger(config.out).steps()
     assert whole[0]["step"].n_unique() == 6
     shutil.rmtree(config.out / "checkpoints" / "checkpoint-6")
     shutil.rmtree(config.out / "model")
-    train(replace(config, resume=True), Console(quiet=True))
+    train(Train(out=config.out, resume=True), Console(quiet=True))
     resumed = Ledger(config.out).scan().collect(), Ledger(config.out).steps()
     assert resumed[0].equals(whole[0])
     assert resumed[1].equals(whole[1])
+
+
+def test_what_a_run_is_told_reaches_the_attributor(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: dict[str, Any] = {}
+
+    def attach(*_: Any, **settings: Any) -> None:
+        told.update(settings)
+        raise InrunError("told")
+
+    monkeypatch.setattr("inrun.lm.train.attach", attach)
+    wanted: dict[str, Any] = {"scheme": "first", "refresh": 3, "kernel": "tangent", "memory": 2**20}
+    with pytest.raises(InrunError, match="told"):
+        train(replace(small(corpus, tmp_path / "run"), **wanted), Console(quiet=True))
+    assert wanted.items() <= told.items()
+
+
+@pytest.mark.parametrize(
+    ("given", "bytes_"),
+    [("auto", "auto"), ("0", 0), ("2000000000", 2_000_000_000), ("1.5GiB", 3 * 2**29), ("64KiB", 2**16)],
+)
+def test_memory_is_given_in_bytes_or_larger_units(given: str, bytes_: object) -> None:
+    assert tyro.cli(Train, args=["corpus.jsonl", "--memory", given]).memory == bytes_
+
+
+@pytest.mark.parametrize("given", ["2GB", "-1", "much", "GiB", ""])
+def test_memory_in_other_units(given: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "corpus.jsonl", "--memory", given]) == 2
+    assert "as 2000000000 or 2GiB" in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.parametrize(
@@ -272,7 +322,12 @@ def test_a_run_that_pays_credit_goes_on_from_its_checkpoint(corpus: Path, tmp_pa
         ({"nodes": 0}, "nodes=0"),
         ({"scheme": "second", "nodes": 3}, "takes no nodes"),
         ({"nodes": "adaptive", "tolerance": 2.0}, "tolerance=2"),
-        ({"momentum": "credit", "audit_permutations": 9}, "--momentum credit goes with neither"),
+        ({"momentum": "credit", "audit_permutations": 9}, "--momentum credit goes with none of"),
+        ({"momentum": "credit", "scheme": "first", "refresh": 2}, "--momentum credit goes with none of .*--refresh"),
+        ({"refresh": 2}, "refresh=2 with scheme='path'"),
+        ({"scheme": "first", "refresh": 0}, "--refresh 0: give a number of 1 or more"),
+        ({"kernel": "ghost"}, "--kernel ghost is for SGD"),
+        ({"memory": -1}, "--memory -1: give a number of 0 or more"),
     ],
 )
 def test_schemes_that_do_not_exist_are_refused_before_anything_is_written(

@@ -122,15 +122,13 @@ class Train:
     max_nodes: int = 9
     """For adaptive nodes: the most of them."""
     refresh: int = 1
-    """With --scheme first, steps for which a target's gradient is used before it is taken anew."""
+    """For the first order: the steps that a target's gradient is used for."""
     momentum: Literal["account", "credit"] = "account"
     """Whether what old momentum does has an account of its own, or is paid to the examples it came from."""
     kernel: Kernel = "auto"
-    """How values are got from a layer: by running it once more for every target (tangent), by forming the gradients of
-    all examples in the backward pass (perexample), or by what is cheaper (auto). ghost is for SGD, not for AdamW."""
+    """How a layer is valued: run once more (tangent), from gradients formed by example (perexample), or the cheaper."""
     memory: Annotated[int | Literal["auto"], _BYTES] = "auto"
-    """What may be kept of examples' gradients in memory, as 2GiB, before the rest goes to disk; half of what is free by
-    default."""
+    """What examples' gradients may take before the rest goes to disk, as 2GiB; auto is half of what is free."""
     audit_every: int = 50
     """Steps between audits of the books; 0 for none."""
     audit_permutations: int = 0

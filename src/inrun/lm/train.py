@@ -188,7 +188,7 @@ def _begin(config: Train) -> tuple[Train, bool]:
     if config.momentum == "credit" and (config.audit_permutations or config.nonfinite == "skip" or config.refresh != 1):
         raise ConfigError("--momentum credit goes with none of --audit-permutations, --nonfinite skip, --refresh.")
     if config.kernel == "ghost":
-        raise ConfigError("--kernel ghost is for SGD, and `inrun train` trains with AdamW: choose auto or perexample.")
+        raise ConfigError("--kernel ghost is for SGD, and `inrun train` trains with AdamW: choose another.")
     _target_files(config)
     config.store()
     return config, fresh

@@ -7,97 +7,147 @@ all units add up to <g_i, q>, those of shared parameters included, since q is th
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from inrun.captured import Call, Captured
-from inrun.formed import shares
+from inrun.direction import Direction
+from inrun.formed import products, shares
+from inrun.gradient import Received
 from inrun.tangent.fused import formed_late
 from inrun.tangent.rules import has_closed_form, tangent
-
-Direction = Mapping[nn.Parameter, Tensor]
 
 
 @dataclass
 class Contracted:
-    """phi_i by target, float64 [targets, examples], in nats; and by target and group of units, [targets, groups], what
-    came through it, and the size against which its rounding is judged (inrun.books); and the groups of which the
-    training's own gradient was summed in half precision.
+    """phi_i by target, float64 [targets, examples], in nats. For the books, by target and group of units, [targets,
+    groups]: what came through the group and the size of its parts, zero if nothing did; <G, q>, which it should be, and
+    |G| |q|; and the groups of which the training's own gradient was summed in half precision.
     """
 
     values: Tensor
     seen: Tensor
     size: Tensor
+    expected: Tensor
+    lengths: Tensor
     coarse: set[int] = field(default_factory=set)
 
     @classmethod
     def nothing(cls, targets: int, examples: int, groups: int, device: torch.device) -> "Contracted":
-        sizes = ((targets, examples), (targets, groups), (targets, groups))
-        values, seen, size = (torch.zeros(size, dtype=torch.float64, device=device) for size in sizes)
-        return cls(values, seen, size)
+        def zeros(n: int) -> Tensor:
+            return torch.zeros(targets, n, dtype=torch.float64, device=device)
 
-    def add(self, shares: Tensor, size: Tensor, group: int, target: slice | int = slice(None)) -> None:
-        self.values[target] += shares
-        self.seen[target, group] += shares.sum(dim=-1)
-        self.size[target, group] += size
+        return cls(zeros(examples), zeros(groups), zeros(groups), zeros(groups), zeros(groups))
+
+    def add(self, shares: Tensor, size: Tensor, group: int, examples: slice, targets: Sequence[int]) -> None:
+        """The shares of some examples, [targets, examples], that came through a group."""
+        self.values[targets, examples] += shares
+        self.seen[targets, group] += shares.sum(dim=-1)
+        self.size[targets, group] += size
 
 
 def contract(
-    captured: Captured,
+    batches: Sequence[Captured],
     directions: Sequence[Direction],
-    factors: Mapping[nn.Parameter, Tensor | float],
+    scales: Mapping[nn.Parameter, Tensor] | None,
+    paid: Mapping[nn.Parameter, Tensor | float],
+    received: Received,
     group_of: Mapping[nn.Parameter, int],
     groups: int,
 ) -> Contracted:
-    """<g_i, q> for the direction q of every target.
+    """<g_i, q> of a step's batches for the direction q of every target.
 
     Args:
-        factors: by parameter, q over the vector with which its gradients were contracted on the spot (inrun.formed).
+        scales: g_i as the optimizer receives it over g_i as backward made it, by parameter; it goes over to q.
+        paid: by parameter, q over the vector with which its gradients were contracted on the spot (inrun.formed).
+        received: the gradient that backward made.
         group_of: the group that a parameter belongs to, of so many `groups`.
     """
     device = next(iter(group_of)).device
-    found = Contracted.nothing(len(directions), captured.examples, groups, device)
-    for p, g in captured.formed.kept.items():
-        towards = [k for k, q in enumerate(directions) if p in q]
+    ends = list(accumulate((batch.examples for batch in batches), initial=0))
+    found = Contracted.nothing(len(directions), ends[-1], groups, device)
+    places = [slice(begin, end) for begin, end in pairwise(ends)]
+    for p, group in group_of.items():
+        towards = [k for k, direction in enumerate(directions) if p in direction.vectors]
         if towards:
-            part = shares(g.to(device), [directions[k][p] for k in towards])
-            for k, mine in zip(towards, part, strict=True):
-                found.add(mine, mine.abs().sum(), group_of[p], k)
-    found.coarse |= {group_of[p] for p in captured.formed.coarse}
-    for p, paid in captured.formed.paid.items():
-        part = paid * factors[p]
-        found.add(part, part.abs().sum(dim=1), group_of[p])
-    for call in captured.calls:
-        if any(g is not None and g.element_size() < 4 for g in call.gradients):
-            found.coarse.add(group_of[next(iter(call.unit.parameters.values()))])
-        if call.late:
-            for p, rows, g in formed_late(call, captured.examples):
-                part = shares(g, [q[p][rows] if p in q else torch.zeros_like(p[rows]) for q in directions])
-                found.add(part, part.abs().sum(dim=1), group_of[p])
-            continue
-        for k, q in enumerate(directions):
-            direction = {name: q[p] for name, p in call.unit.parameters.items() if p in q}
-            if direction:
-                mine, size = _contract_call(call, direction, captured.examples)
-                found.add(mine, size, group_of[next(iter(call.unit.parameters.values()))], k)
+            factor = _times(directions[towards[0]].factors.get(p), None if scales is None else scales[p])
+            kept = [
+                (batch.formed.kept[p], place)
+                for batch, place in zip(batches, places, strict=True)
+                if p in batch.formed.kept
+            ]
+            vectors = [directions[k].vectors[p] for k in towards]
+            parts, inner, squares = products([g for g, _ in kept], received.raw.get(p), vectors, factor)
+            for part, (_, place) in zip(parts, kept, strict=True):
+                found.add(part, part.abs().sum(dim=1), group, place, towards)
+            if p in received.raw:
+                found.expected[towards, group] += inner
+                found.lengths[towards, group] += squares.sqrt() * received.squares[p].sqrt()
+    for batch, place in zip(batches, places, strict=True):
+        found.coarse |= {group_of[p] for p in batch.formed.coarse}
+        for p, with_vectors in batch.formed.paid.items():
+            part = with_vectors * paid[p]
+            found.add(part, part.abs().sum(dim=1), group_of[p], place, range(len(directions)))
+        for call in batch.calls:
+            _contract_call(call, batch.examples, directions, scales, group_of, found, place)
     return found
 
 
-def _contract_call(call: Call, direction: Mapping[str, Tensor], examples: int) -> tuple[Tensor, Tensor]:
+def _times(factor: Tensor | float | None, scale: Tensor | None) -> Tensor | float | None:
+    return scale if factor is None else factor if scale is None else factor * scale
+
+
+def _contract_call(
+    call: Call,
+    examples: int,
+    directions: Sequence[Direction],
+    scales: Mapping[nn.Parameter, Tensor] | None,
+    group_of: Mapping[nn.Parameter, int],
+    found: Contracted,
+    place: slice,
+) -> None:
+    parameters = call.unit.parameters
+    group = group_of[next(iter(parameters.values()))]
+    if any(g is not None and g.element_size() < 4 for g in call.gradients):
+        found.coarse.add(group)
+    everyone = range(len(directions))
+
+    def towards(k: int) -> dict[str, Tensor]:
+        """The unit's part of a target's q."""
+        mine = {name: p for name, p in parameters.items() if p in directions[k].vectors}
+        q = {name: directions[k].q(p) for name, p in mine.items()}
+        return q if scales is None else {name: x * scales[mine[name]] for name, x in q.items()}
+
+    if call.late:
+        q = [towards(k) for k in everyone]
+        names = {p: name for name, p in parameters.items()}
+        for p, rows, g in formed_late(call, examples):
+            part = shares(g, [of[names[p]][rows] if names[p] in of else torch.zeros_like(p[rows]) for of in q])
+            found.add(part, part.abs().sum(dim=1), group, place, everyone)
+        return
+    for k in everyone:
+        direction = towards(k)
+        if direction:
+            mine, size = _contract_tangent(call, direction, examples)
+            found.add(mine[None] if mine.ndim else mine, size, group, place, [k])
+
+
+def _contract_tangent(call: Call, direction: Mapping[str, Tensor], examples: int) -> tuple[Tensor, Tensor]:
     device = next(iter(direction.values())).device
     args, kwargs = call.inputs(device)
     with call.again():
         leaves, _ = tree_flatten(tangent(call.unit.module, direction, args, kwargs, call.random_state))
-    mine = has_closed_form(call.unit.module)  # it makes its output anew
+    anew = has_closed_form(call.unit.module)  # it makes its output so
     shares, magnitude = torch.zeros((), dtype=torch.float64), torch.zeros(())
     for towards, rows, gradient, norm in zip(leaves, call.rows, call.gradients, call.gradient_norms, strict=True):
         if gradient is not None and rows is not None:
             # a tangent without the example dimension is the same for all examples: it broadcasts as the output did
             gradient = gradient.to(device)
             magnitude = magnitude + norm * towards.expand_as(gradient).norm()
-            if mine and towards.shape == gradient.shape and towards.dtype == gradient.dtype:
+            if anew and towards.shape == gradient.shape and towards.dtype == gradient.dtype:
                 product = towards.mul_(gradient)  # new memory of this size costs more than the product
             else:
                 product = gradient * towards
