@@ -171,6 +171,7 @@ class Attributor:
                 nodes=nodes,
                 rule=rule,
                 momentum=momentum,
+                kernel=kernel,
                 audit_every=audit_every,
                 audit_permutations=audit_permutations,
                 **({"refresh": refresh} if refresh != 1 else {}),

@@ -80,7 +80,7 @@ class Capture:
     def __init__(self, model: nn.Module, units: Sequence[Unit], kernels: Kernels, batch_dim: int = 0) -> None:
         self._model, self._kernels, self._batch_dim = model, kernels, batch_dim
         self._device = next(iter(units[0].parameters.values())).device.type
-        self.autocast: torch.dtype | None = None  # of the newest forward
+        self.autocast: torch.dtype | None = None  # around the newest forward
         self._batch_norms = [(name, m) for name, m in model.named_modules() if isinstance(m, _BatchNorm)]
         self._probe = Probe(model)
         self._open: Captured | None = None
@@ -136,7 +136,7 @@ class Capture:
         if not self._with_gradients:
             return
         self._refuse_unsupported()
-        self.autocast = torch.get_autocast_dtype(self._device) if torch.is_autocast_enabled(self._device) else None
+        self.autocast = self._cast_to()
         self._before()
         examples = self._open.examples
         inputs = Inputs(args, kwargs, self._batch_dim)
@@ -166,6 +166,10 @@ class Capture:
                 "gradient of its own. Freeze its statistics (call eval() on this module after model.train()), or use "
                 "GroupNorm."
             )
+
+    def _cast_to(self) -> torch.dtype | None:
+        """What autocast casts to here and now; a model's own forward may enter it."""
+        return torch.get_autocast_dtype(self._device) if torch.is_autocast_enabled(self._device) else None
 
     @contextmanager
     def watch(self) -> Iterator[dict[Unit, list[Pair]]]:
@@ -282,7 +286,7 @@ class Capture:
         random_state = self._random_states.pop(unit, None)
         nothing: list[Tensor | None] = [None] * len(leaves)
         call = Call(
-            unit, args, kwargs, unit.module.training, self.autocast, random_state, versions, list(rows), nothing
+            unit, args, kwargs, unit.module.training, self._cast_to(), random_state, versions, list(rows), nothing
         )
         call.late = kernel == "late"
         form = kernel == "formed" and len(leaves) == 1 and rule_of(call) is not None

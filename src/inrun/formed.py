@@ -15,7 +15,7 @@ from inrun.errors import InrunError
 from inrun.probe import Unit
 from inrun.tangent.ghost import Pair
 
-_ENTRIES = 2**18  # of the vectors are looked at together: they fit a processor's cache
+_ENTRIES = 2**16  # of the vectors are looked at together: they fit a processor's cache
 _WHOLE = 2**24  # of each, elsewhere
 
 
@@ -158,19 +158,21 @@ def products(
     device, dtype, K = flat[0].device, flat[0].dtype, len(flat)
     found = [torch.zeros(K, len(g), dtype=torch.float64, device=device) for g in parts]
     inner, squares = torch.zeros(2, K, dtype=torch.float64, device=device)
-    size = max(_ENTRIES // K, 2**13) if device.type == "cpu" else _WHOLE
+    size = min(len(flat[0]), max(_ENTRIES // K, 2**14) if device.type == "cpu" else _WHOLE)
     times = factor.reshape(-1) if isinstance(factor, Tensor) and factor.ndim else factor
-    G = None if whole is None else whole.reshape(-1)
+    G, room = None if whole is None else whole.reshape(-1), torch.empty(K, size, dtype=dtype, device=device)
     for begin in range(0, len(flat[0]), size):
-        some = slice(begin, begin + size)
-        q = torch.stack([v[some] for v in flat]) if K > 1 else flat[0][None, some]
+        some = slice(begin, min(begin + size, len(flat[0])))
+        q = room[:, : some.stop - begin]
+        for v, into in zip(flat, q, strict=True):
+            into.copy_(v[some])
         if times is not None:
-            q = q * (times[some] if isinstance(times, Tensor) and times.ndim else times)
+            q.mul_(times[some] if isinstance(times, Tensor) and times.ndim else times)
         for g, into in zip(rows, found, strict=True):
             # under autocast g is in lower precision: a product in it would lose digits
             block = g[:, some].to(device, dtype)
             into += (block @ q[0])[None] if K == 1 else q @ block.T
         if G is not None:
             inner += q @ G[some]
-            squares += (q * q).sum(dim=1)
+            squares += torch.linalg.vector_norm(q, dim=1).double().square()
     return found, inner, squares

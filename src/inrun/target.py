@@ -68,6 +68,7 @@ class Evaluation:
         buffers = [(module, dict(module._buffers), set(module._non_persistent_buffers_set)) for module, _ in modes]
         copies = [(b, b._version, b.clone()) for _, held, _ in buffers for b in held.values() if b is not None]
         token = _aside.set(True)
+        torch.clear_autocast_cache()  # casts made with other weights, or without gradients, are not to be met again
         try:
             if self._evaluate:
                 for module, _ in modes:
@@ -76,6 +77,7 @@ class Evaluation:
                 yield
         finally:
             _aside.reset(token)
+            torch.clear_autocast_cache()
             for module, mode in modes:
                 module.training = mode
             for module, held, passing in buffers:

@@ -12,6 +12,7 @@ from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 
 from inrun import Attributor
+from inrun.kernels import Kernel
 from tests.models import CASES, GPT, Case, class_losses, convolutional, hugging_face_gpt2, images, token_losses, tokens
 
 
@@ -63,18 +64,21 @@ OPTIMIZERS: dict[str, Callable[[Any], Optimizer]] = {
 }
 
 
-def train(case: Case, build: Callable[[Any], Optimizer], attach: bool) -> dict[str, Any]:
-    """Twenty clipped, accumulated steps; all that they left behind."""
+def train(
+    case: Case, build: Callable[[Any], Optimizer], attach: bool, kernel: Kernel = "tangent", steps: int = 20
+) -> dict[str, Any]:
+    """Clipped, accumulated steps; all that they left behind."""
     torch.manual_seed(0)
     random.seed(0)
     np.random.seed(0)
     model = case.build()
     optimizer = build(model.parameters())
     losses = []
-    attributor = (
-        Attributor(model, optimizer, {"t": case.batch(3, 99)}, case.loss, nodes=2, audit_every=5) if attach else None
-    )
-    for step in range(20):
+    attributor = None
+    if attach:
+        target = {"t": case.batch(3, 99)}
+        attributor = Attributor(model, optimizer, target, case.loss, nodes=2, kernel=kernel, audit_every=5)
+    for step in range(steps):
         for part in range(2):
             with attributor.batch(range(4)) if attributor else nullcontext():
                 loss = case.loss(model, case.batch(4, 2 * step + part)) / 2
@@ -110,6 +114,17 @@ def test_training_is_bit_identical(name: str, kind: str) -> None:
     attached = train(DROPOUT[name], OPTIMIZERS[kind], attach=True)
     for what in plain:
         assert equal(plain[what], attached[what]), what
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("name", DROPOUT)
+def test_forming_gradients_changes_training_by_rounding_alone(name: str) -> None:
+    """kernel="perexample" adds up the same terms in another order."""
+    plain = train(DROPOUT[name], OPTIMIZERS["sgd"], attach=False, steps=6)
+    formed = train(DROPOUT[name], OPTIMIZERS["sgd"], attach=True, kernel="perexample", steps=6)
+    assert equal(plain["random"], formed["random"])
+    for key, weight in plain["model"].items():
+        torch.testing.assert_close(formed["model"][key], weight, rtol=1e-9, atol=1e-11)
 
 
 def traces(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
