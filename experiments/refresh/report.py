@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from experiments.fidelity.report import NAMES, as_text, fill, processor, short
-from experiments.refresh.training import OTHER, Piece, Study
+from experiments.refresh.training import MIXED, OTHER, Piece, Study
 from inrun.game import spearman
 
 Row = dict[str, Any]
@@ -118,7 +118,7 @@ def _refresh(study: Study, runs: Mapping[Piece, Run]) -> Iterator[Row]:
 
 def _against_new(study: Study, runs: Mapping[Piece, Run], piece: Piece, seed: int) -> dict[str, float]:
     """The piece's values, of another seed."""
-    whole = str(study.target)
+    whole = study.whole(MIXED)
     run = runs[replace(piece, seed=seed)]
     first = runs[replace(piece, seed=seed, refresh=1)][f"values-{whole}"]
     path = runs[replace(piece, seed=seed, refresh=1, scheme="path")][f"values-{whole}"]
@@ -135,7 +135,7 @@ def _against_new(study: Study, runs: Mapping[Piece, Run], piece: Piece, seed: in
 
 def _ages(study: Study, runs: Mapping[Piece, Run]) -> Iterator[Row]:
     """The longest refresh's error by the gradient's age, after warm-up: median and middle half over steps and seeds."""
-    refresh, whole = max(study.refresh), str(study.target)
+    refresh, whole = max(study.refresh), study.whole(MIXED)
     for optimizer, rate in study.rates:
         errors, ages = [], []
         for seed in study.seeds:
@@ -151,29 +151,45 @@ def _ages(study: Study, runs: Mapping[Piece, Run]) -> Iterator[Row]:
 
 
 def _rotation(study: Study, runs: Mapping[Piece, Run]) -> Iterator[Row]:
-    """Rotating batches, and as many other sequences, against all sequences at every step."""
+    """Rotating batches, a part that does not rotate, and as many other sequences, against all at every step."""
     for one in study.rotations:
         piece = Piece(one.optimizer, one.rate, one.scheme, 1, seed=0)
-        for name in [*map(str, study.sizes), OTHER]:
-            found = _over_seeds(study, partial(_against_whole, study, runs, piece, name))
-            yield {"optimizer": one.optimizer, "rate": one.rate, "scheme": one.scheme, "batch": name, **found}
+        # batch, and for how many uses of an example its sequences are drawn anew
+        kinds = [(str(size), size, study.epochs) for size in study.sizes]
+        kinds += [(f"fixed{size}", size, 1) for size in study.fixed]
+        for batch, size, draws in [*kinds, (OTHER, 0, 1)]:
+            found = _over_seeds(study, partial(_against_whole, study, runs, piece, one.target, batch))
+            expected = {
+                "step_expected": short(unrelated(study.target, size, 1)),
+                "example_expected": short(unrelated(study.target, size, draws)),
+            }
+            yield {**asdict(one), "batch": batch, **found, **expected}
+
+
+def unrelated(sequences: int, size: int, draws: int) -> float:
+    """How an example's mean value over `draws` random batches of a target correlates with that over the whole target,
+    were its values for the target's sequences independent of one another and equally large.
+    """
+    return (1 + (sequences / size - 1) / draws) ** -0.5 if size else 0.0
 
 
 def _both(study: Study, runs: Mapping[Piece, Run]) -> Iterator[Row]:
     """Older gradients of rotating batches: both, and either alone, under `first`."""
     least = min(study.sizes)
-    for one in study.rotations:
+    for optimizer, rate in dict.fromkeys((one.optimizer, one.rate) for one in study.rotations):
         for refresh, size in ((study.both, study.target), (1, least), (study.both, least)):
-            piece = Piece(one.optimizer, one.rate, "first", refresh, seed=0)
-            found = _over_seeds(study, partial(_against_whole, study, runs, piece, str(size)))
-            yield {"optimizer": one.optimizer, "rate": one.rate, "refresh": refresh, "batch": size, **found}
+            piece = Piece(optimizer, rate, "first", refresh, seed=0)
+            found = _over_seeds(study, partial(_against_whole, study, runs, piece, MIXED, str(size)))
+            yield {"optimizer": optimizer, "rate": rate, "refresh": refresh, "batch": size, **found}
 
 
-def _against_whole(study: Study, runs: Mapping[Piece, Run], piece: Piece, name: str, seed: int) -> dict[str, float]:
-    """The piece's values, of another seed, for this target: against a new gradient of all sequences."""
+def _against_whole(
+    study: Study, runs: Mapping[Piece, Run], piece: Piece, target: str, batch: str, seed: int
+) -> dict[str, float]:
+    """The piece's values, of another seed, by these batches of a target: against a new gradient of all of it."""
     run = runs[replace(piece, seed=seed)]
-    truth = runs[replace(piece, seed=seed, refresh=1)][f"values-{study.target}"]
-    values = run[f"values-{name}"]
+    truth = runs[replace(piece, seed=seed, refresh=1)][f"values-{study.whole(target)}"]
+    values = run[f"values-{target}-{batch}"]
     return by_step(values, truth, np.ones(len(values), dtype=bool)) | by_total(run, values, truth)
 
 
@@ -188,26 +204,23 @@ def write(result: Row, out: Path, *, figure: bool) -> None:
 
 def tables(result: Row) -> str:
     """The study's tables in Markdown."""
-    study = result["study"]
-    whole = study["target"]
+    whole = result["study"]["target"]
     return "\n\n".join(
         [
-            f"**`refresh`**, {result['steps']} steps. `passes`: target gradients taken. Against `refresh=1`: relative "
-            "error and Spearman correlation of a step's values, in the steps that use an older gradient; of the run's "
-            f"totals Spearman and overlap of the {TOP:.0%} largest by example, relative error by source. Against "
-            "`path` with one node: the same in short, over all steps.",
+            f"**`refresh`** with `first`, {result['steps']} steps. `passes`: target gradients taken. Against "
+            "`refresh=1`: relative error and Spearman correlation of a step's values, in the steps that use an older "
+            "gradient; of the run's totals, by example Spearman and overlap of the "
+            f"{TOP:.0%} largest, by source relative error. Then against `path` with one node: a step's error, over all "
+            "steps, and the totals.",
             _refresh_table(result),
-            f"**Rotation**: a target of {whole} sequences in rotating batches, one a step, against all {whole} at "
-            f"every step. `{OTHER}`: {whole} other held-out sequences at every step.",
+            f"**Rotation.** A target of {whole} sequences in rotating batches, one a step, against all {whole} at "
+            f"every step. `fixedN`: the first N of them at every step; `{OTHER}`: {whole} others. In brackets what the "
+            "correlation would be if an example's values for different sequences had nothing to do with one another.",
             _rotation_table(result),
-            "**Both**, under `first`, against all sequences at every step.",
+            f"**Both**, under `first`, against all {whole} sequences at every step.",
             _both_table(result),
         ]
     )
-
-
-TOTALS = ("example_spearman", "top", "source_error", "source_spearman")
-TOTALS_HEAD = ("examples: Spearman", "largest", "sources: error", "Spearman")
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -215,10 +228,10 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def _cell(name: str, found: Sequence[float]) -> str:
+def _cell(row: Row, name: str) -> str:
     """The median with its range: correlations as they are, shares in percent."""
-    form = "{:.2f}" if name.endswith("spearman") else "{:.0%}" if found[0] >= 0.0995 or name == "top" else "{:.1%}"
-    middle, low, high = (form.format(number) for number in found)
+    form = "{:.2f}" if name.endswith("spearman") else "{:.1%}" if row[name][0] < 0.0995 else "{:.0%}"
+    middle, low, high = (form.format(number) for number in row[name])
     return middle if low == high else f"{middle} ({low} to {high})"
 
 
@@ -226,79 +239,101 @@ def _of(row: Row) -> str:
     return f"{NAMES[row['optimizer']]}, {row['rate']:g}"
 
 
+STEP = {"step_error": "step: error", "step_spearman": "Spearman"}
+EXAMPLES = {"example_spearman": "examples: Spearman", "top": "largest"}
+SOURCES = {"source_error": "sources: error"}
+PATH = {
+    "path_step_error": "`path`, step: error",
+    "path_example_spearman": "examples: Spearman",
+    "path_source_error": "sources: error",
+}
+
+
 def _refresh_table(result: Row) -> str:
-    mine = ("step_error", "step_spearman", "example_spearman", "top", "source_error")
-    path = ("path_step_error", "path_example_spearman", "path_source_error")
     rows = []
     for row in result["refresh"]:
-        own = [_cell(name, row[name]) if row["refresh"] > 1 else "" for name in mine]
-        rows.append(
-            [_of(row), str(row["refresh"]), f"{row['taken'][0]:.0f}", *own, *(_cell(name, row[name]) for name in path)]
-        )
-    head = ["optimizer, rate", "refresh", "passes", "step: error", "Spearman", *TOTALS_HEAD[:3]]
-    return _table([*head, "path, step: error", "examples: Spearman", "sources: error"], rows)
+        own = ["" if row["refresh"] == 1 else _cell(row, name) for name in (*STEP, *EXAMPLES, *SOURCES)]
+        against_path = [_cell(row, name) for name in PATH]
+        rows.append([_of(row), str(row["refresh"]), f"{row['taken'][0]:.0f}", *own, *against_path])
+    columns = (STEP | EXAMPLES | SOURCES).values()
+    return _table(["optimizer, rate", "refresh", "passes", *columns, *PATH.values()], rows)
 
 
 def _rotation_table(result: Row) -> str:
-    rows = [[f"{_of(row)}, `{row['scheme']}`", row["batch"], *_cells(row)] for row in result["rotation"]]
-    return _table(["optimizer, rate, scheme", "batch", "step: error", "Spearman", *TOTALS_HEAD], rows)
+    rows = []
+    for row in result["rotation"]:
+        step = f"{_cell(row, 'step_spearman')} [{row['step_expected']:.2f}]"
+        example = f"{_cell(row, 'example_spearman')} [{row['example_expected']:.2f}]"
+        totals = [_cell(row, name) for name in ("top", "source_error", "source_spearman")]
+        rows.append([f"{_of(row)}, `{row['scheme']}`", row["target"], row["batch"], step, example, *totals])
+    head = ["optimizer, rate, scheme", "target", "batch", "step: Spearman", *EXAMPLES.values(), *SOURCES.values()]
+    return _table([*head, "Spearman"], rows)
 
 
 def _both_table(result: Row) -> str:
-    rows = [[_of(row), str(row["refresh"]), str(row["batch"]), *_cells(row)] for row in result["both"]]
-    return _table(["optimizer, rate", "refresh", "batch", "step: error", "Spearman", *TOTALS_HEAD], rows)
-
-
-def _cells(row: Row) -> list[str]:
-    return [_cell(name, row[name]) for name in ("step_error", "step_spearman", *TOTALS)]
+    columns = STEP | EXAMPLES | SOURCES
+    rows = [
+        [_of(row), str(row["refresh"]), str(row["batch"]), *(_cell(row, name) for name in columns)]
+        for row in result["both"]
+    ]
+    return _table(["optimizer, rate", "refresh", "batch", *columns.values()], rows)
 
 
 def draw(result: Row, path: Path) -> None:
-    """A step's error by the gradient's age; totals by `refresh`; steps and totals by the size of a rotating batch."""
+    """Above: a step's error by the gradient's age, totals by `refresh`. Below: rotation, of a step and of totals."""
     importlib.import_module("matplotlib").use("svg")  # not installed but for the studies
     plt: Any = importlib.import_module("matplotlib.pyplot")
     options = {"svg.hashsalt": "refresh", "svg.fonttype": "none", "font.size": 8, "legend.frameon": False}
+    study = result["study"]
     with plt.rc_context(options | {"axes.spines.top": False, "axes.spines.right": False}):
-        figure, (ages, refresh, rotation) = plt.subplots(1, 3, figsize=(10.5, 3.9), layout="constrained")
-        for k, (optimizer, rate) in enumerate(result["study"]["rates"]):
-            label, colour = f"{NAMES[optimizer]}, {rate:g}", f"C{k}"
-            mine = [row for row in result["ages"] if (row["optimizer"], row["rate"]) == (optimizer, rate)]
-            _line(ages, [row["age"] for row in mine], [row["error"] for row in mine], colour, label)
-            mine = [row for row in result["refresh"] if (row["optimizer"], row["rate"]) == (optimizer, rate)]
-            _line(refresh, [row["refresh"] for row in mine], [row["example_spearman"] for row in mine], colour, label)
-        colours = {tuple(pair): f"C{k}" for k, pair in enumerate(result["study"]["rates"])}
-        for one in result["study"]["rotations"]:
-            key = (one["optimizer"], one["rate"])
-            mine = [row for row in result["rotation"] if (row["optimizer"], row["rate"]) == key]
-            sized = [row for row in mine if row["batch"] != OTHER]
-            sizes, label = [int(row["batch"]) for row in sized], f"{NAMES[key[0]]}, `{one['scheme']}`"
-            (other,) = (row["example_spearman"][0] for row in mine if row["batch"] == OTHER)
-            colour = colours[key]
-            _line(rotation, sizes, [row["example_spearman"] for row in sized], colour, f"{label}: totals")
-            _line(rotation, sizes, [row["step_spearman"] for row in sized], colour, f"{label}: a step's", "--")
-            rotation.axhline(other, color=colour, lw=0.8, ls=":", label=f"{label}: totals, other target")
-        ages.set(xscale="log", yscale="log", xlabel="age of the target's gradient, steps")
-        ages.set_title("Relative error of a step's values")
-        refresh.set(xscale="log", xlabel="refresh")
-        refresh.set_title("Spearman of the examples' totals")
-        rotation.set(xscale="log", xlabel="sequences of a rotating batch", ylim=(0, 1.02))
-        rotation.set_title(f"Spearman with all {result['study']['target']} sequences")
+        figure, ((ages, refresh), (step, totals)) = plt.subplots(2, 2, figsize=(8.4, 7.0), layout="constrained")
+        for k, (optimizer, rate) in enumerate(study["rates"]):
+            for panel, table, x, y in (
+                (ages, "ages", "age", "error"),
+                (refresh, "refresh", "refresh", "example_spearman"),
+            ):
+                rows = [row for row in result[table] if (row["optimizer"], row["rate"]) == (optimizer, rate)]
+                _line(panel, [r[x] for r in rows], [r[y] for r in rows], f"C{k}", f"{NAMES[optimizer]}, {rate:g}")
+        for panel, name in ((step, "step"), (totals, "example")):
+            _draw_rotation(panel, result, name)
+        ages.set(xlabel="age of the target's gradient, steps", ylabel="relative error of a step's values", yscale="log")
+        refresh.set(xlabel="refresh", ylabel="Spearman of the examples' totals")
+        for panel in (step, totals):
+            panel.set(xlabel="sequences of a step's target batch", ylim=(0, 1.03))
+        step.set_ylabel(f"Spearman of a step's values with those for all {study['target']}")
+        totals.set_ylabel(f"Spearman of the examples' totals with those for all {study['target']}")
         for panel, ticks in (
-            (ages, result["study"]["refresh"][:-1]),
-            (refresh, result["study"]["refresh"]),
-            (rotation, result["study"]["sizes"]),
+            (ages, study["refresh"][:-1]),
+            (refresh, study["refresh"]),
+            *((p, study["sizes"]) for p in (step, totals)),
         ):
+            panel.set_xscale("log")
             panel.set_xticks(ticks, [str(tick) for tick in ticks])
             panel.minorticks_off()
-            panel.legend(loc="upper center", bbox_to_anchor=(0.5, -0.17))
+            panel.grid(alpha=0.3, lw=0.5)
+            panel.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2)
         figure.savefig(path, metadata={"Date": None})
         plt.close(figure)
 
 
-def _line(
-    panel: Any, x: Sequence[int], y: Sequence[Sequence[float]], colour: str, label: str, style: str = "-"
-) -> None:
+def _draw_rotation(panel: Any, result: Row, name: str) -> None:
+    """Spearman correlations by the batch's size: rotating, fixed, and what unrelated sequences would show."""
+    rows = [row for row in result["rotation"] if row["batch"] != OTHER]
+    for k, one in enumerate(result["study"]["rotations"]):
+        mine = [row for row in rows if all(row[key] == value for key, value in one.items())]
+        rotating = [row for row in mine if row["batch"].isdigit()]
+        fixed = [row for row in mine if not row["batch"].isdigit()]
+        label = f"{NAMES[one['optimizer']]}, {one['scheme']}, {one['target']}"
+        x = [int(row["batch"]) for row in rotating]
+        _line(panel, x, [row[f"{name}_spearman"] for row in rotating], f"C{k}", label)
+        fixed_sizes = [int(row["batch"].removeprefix("fixed")) for row in fixed]
+        heights = [row[f"{name}_spearman"][0] for row in fixed]
+        panel.plot(fixed_sizes, heights, "x", color=f"C{k}", label=f"{label}, fixed")
+    panel.plot(x, [row[f"{name}_expected"] for row in rotating], "k:", lw=1, label="if sequences were unrelated")
+
+
+def _line(panel: Any, x: Sequence[int], y: Sequence[Sequence[float]], colour: str, label: str) -> None:
     """Medians with their ranges."""
     middle, low, high = zip(*y, strict=True)
-    panel.plot(x, middle, style, color=colour, marker="o", ms=3, label=label)
+    panel.plot(x, middle, color=colour, marker="o", ms=3, label=label)
     panel.fill_between(x, low, high, color=colour, alpha=0.15, lw=0)

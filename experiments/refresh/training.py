@@ -18,16 +18,18 @@ from experiments.fidelity.training import Study as Model
 from inrun import Attributor, Ledger
 
 Scheme = Literal["path", "first"]
-OTHER = "other"  # the target of as many other sequences
+MIXED = "mixed"  # a target from all sources; others are from the source that they are named after
+OTHER = "other"  # its counterpart of as many other sequences
 
 
 @dataclass(frozen=True)
 class Rotation:
-    """Where targets rotate: a row of the study's second part."""
+    """Where a target's batches rotate: the runs, and which target."""
 
     optimizer: str
     rate: float
     scheme: Scheme
+    target: str
 
 
 @dataclass(frozen=True)
@@ -49,14 +51,23 @@ class Study:
     seeds: tuple[int, ...] = (0, 1, 2)
     rates: tuple[tuple[str, float], ...] = (("sgd", 0.1), ("sgd", 0.3), ("adamw", 1e-3), ("adamw", 5e-3))
     refresh: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
-    rotations: tuple[Rotation, ...] = (Rotation("sgd", 0.1, "first"), Rotation("adamw", 1e-3, "path"))
+    rotations: tuple[Rotation, ...] = (
+        Rotation("sgd", 0.1, "first", MIXED),
+        Rotation("adamw", 1e-3, "path", MIXED),
+        Rotation("adamw", 1e-3, "path", "code"),
+    )
     sizes: tuple[int, ...] = (8, 4, 2, 1)  # sequences of a rotating batch
+    fixed: tuple[int, ...] = (4, 1)  # sequences of a target that is a part of the whole one, and does not rotate
     both: int = 4  # the refresh that is tried with the smallest of them
 
     @property
     def steps(self) -> int:
         """Of a run: whole epochs."""
         return self.epochs * (len(self.sources) * self.examples // self.batch)
+
+    def whole(self, target: str) -> str:
+        """What a target's values are called when all of its sequences are one batch."""
+        return f"{target}-{self.target}"
 
     def fingerprint(self) -> str:
         """A hash of what decides a piece beside its name: one that is stored is only used again with the same."""
@@ -68,7 +79,8 @@ class Study:
 QUICK = Study(
     sources=("scripture", "code"), characters=30_000, vocabulary=300, length=12, width=16, layers=1, examples=20,
     epochs=2, batch=5, target=4, warmup=4, seeds=(0,), rates=(("sgd", 0.1), ("adamw", 5e-3)), refresh=(1, 2, 4),
-    rotations=(Rotation("sgd", 0.1, "first"), Rotation("adamw", 5e-3, "path")), sizes=(2, 1), both=2,
+    rotations=(Rotation("sgd", 0.1, "first", MIXED), Rotation("adamw", 5e-3, "path", "code")), sizes=(2, 1), fixed=(1,),
+    both=2,
 )  # fmt: skip
 
 
@@ -93,17 +105,6 @@ def pieces_of(study: Study) -> Iterator[Piece]:
             yield Piece(optimizer, rate, "path", 1, seed)
             for refresh in study.refresh:
                 yield Piece(optimizer, rate, "first", refresh, seed)
-
-
-def sizes_of(study: Study, piece: Piece) -> list[int]:
-    """How many sequences the batches of the piece's targets have: all in one, and what it tries rotation with."""
-    for rotation in study.rotations:
-        if (piece.optimizer, piece.rate) == (rotation.optimizer, rotation.rate):
-            if piece.scheme == rotation.scheme and piece.refresh == 1:
-                return [study.target, *study.sizes]
-            if piece.scheme == "first" and piece.refresh in (1, study.both):
-                return [study.target, min(study.sizes)]
-    return [study.target]
 
 
 def write_text(study: Study, path: Path) -> None:
@@ -138,13 +139,20 @@ class Data:
     def __init__(self, study: Study, text: Path, seed: int) -> None:
         self._study, self._random = study, np.random.default_rng(seed)
         with np.load(text) as arrays:
-            places = [np.flatnonzero(arrays["train_source"] == k) for k in range(len(study.sources))]
-            chosen = np.concatenate([self._random.choice(of, study.examples, replace=False) for of in places])
-            self._train = torch.from_numpy(arrays["train"][chosen])
-            self.source: NDArray[np.int64] = arrays["train_source"][chosen]
-            held_out = self._random.choice(len(arrays["held_out"]), 2 * study.target, replace=False)
-            sequences = torch.from_numpy(arrays["held_out"][held_out])
-        self.target, self.other = sequences[: study.target], sequences[study.target :]
+            train, held_out = arrays["train"], arrays["held_out"]
+            of_source, held_out_of = (
+                [np.flatnonzero(arrays[f"{part}_source"] == k) for k in range(len(study.sources))]
+                for part in ("train", "held_out")
+            )
+        chosen = np.concatenate([self._random.choice(of, study.examples, replace=False) for of in of_source])
+        self._train = torch.from_numpy(train[chosen])
+        self.source = np.repeat(np.arange(len(study.sources)), study.examples)
+        pools = dict(zip(study.sources, held_out_of, strict=True)) | {MIXED: np.arange(len(held_out))}
+        # by target: twice as many sequences as it has
+        self.held_out = {
+            name: torch.from_numpy(held_out[self._random.choice(pool, 2 * study.target, replace=False)])
+            for name, pool in pools.items()
+        }
 
     def batches(self) -> Iterator[tuple[NDArray[np.int64], Tensor]]:
         """The examples' places in the training set, and their tokens; every epoch in another order."""
@@ -156,24 +164,45 @@ class Data:
                 yield places, self._train[torch.from_numpy(places)]
 
 
+def targets_of(study: Study, piece: Piece, data: Data) -> dict[str, list[Tensor]]:
+    """A piece's targets as lists of batches, of which every step uses one.
+
+    `mixed-16` is all 16 sequences as one batch, `mixed-4` the same in rotating batches of 4, `mixed-fixed4` the first
+    4 of them at every step, `mixed-other` 16 other ones.
+    """
+
+    def rotating(target: str, size: int) -> dict[str, list[Tensor]]:
+        return {f"{target}-{size}": list(torch.split(data.held_out[target][: study.target], size))}
+
+    found = rotating(MIXED, study.target)
+    for one in study.rotations:
+        if (piece.optimizer, piece.rate) != (one.optimizer, one.rate):
+            continue
+        if piece.scheme == one.scheme and piece.refresh == 1:
+            for size in (study.target, *study.sizes):
+                found |= rotating(one.target, size)
+            sequences = data.held_out[one.target]
+            found |= {f"{one.target}-fixed{size}": [sequences[:size]] for size in study.fixed}
+            found[f"{one.target}-{OTHER}"] = [sequences[study.target :]]
+        if piece.scheme == "first" and piece.refresh in (1, study.both):
+            found |= rotating(MIXED, min(study.sizes))
+    return found
+
+
 def train(study: Study, text: Path, piece: Piece) -> dict[str, Any]:
     """A run in float32 with an Attributor, as in a user's loop.
 
     Returns:
-        `places` [steps, B]: which examples each step used; `source` [examples]; `loss` [2]: the target's at the first
-        and last gradient; `weights`: a hash of those that the run ends with; and for every target NAME (the size of
-        its batches, or "other") `values-NAME` [steps, B] in nats and `taken-NAME` [steps], how many gradients of it
-        the step took.
+        `places` [steps, B]: which examples each step used; `source` [examples]; `loss` [2]: the mixed target's at the
+        first and last gradient; `weights`: a hash of those that the run ends with; and for every target NAME
+        `values-NAME` [steps, B] in nats and `taken-NAME` [steps], how many gradients of it the step took.
     """
     torch.manual_seed(piece.seed)
     settings = {name: getattr(study, name) for name in ("vocabulary", "length", "width", "layers", "heads")}
     model = GPT(Model(**settings))
     (optimizer,) = optimizers_of(piece.optimizer, model, piece.rate)
     data = Data(study, text, piece.seed)
-    sizes = sizes_of(study, piece)
-    targets = {str(size): [data.target[k : k + size] for k in range(0, study.target, size)] for size in sizes}
-    if len(sizes) > 2:
-        targets[OTHER] = [data.other]
+    targets = targets_of(study, piece, data)
     values: dict[str, list[NDArray[Any]]] = {name: [] for name in targets}
     used = []
     with tempfile.TemporaryDirectory() as folder:
@@ -194,8 +223,8 @@ def train(study: Study, text: Path, piece: Piece) -> dict[str, Any]:
         rows = Ledger(folder).steps().sort("step")
     found: dict[str, Any] = {"places": np.array(used), "source": data.source}
     for name, listed in values.items():
-        mine = rows.filter(rows["target"] == name)
-        found |= {f"values-{name}": np.array(listed), f"taken-{name}": mine["target_gradients"].to_numpy()}
-    whole = rows.filter(rows["target"] == str(study.target))["loss"]
+        taken = rows.filter(rows["target"] == name)["target_gradients"]
+        found |= {f"values-{name}": np.array(listed), f"taken-{name}": taken.to_numpy()}
+    losses = rows.filter(rows["target"] == study.whole(MIXED))["loss"].to_numpy()
     weights = b"".join(p.detach().numpy().tobytes() for p in model.parameters())
-    return found | {"loss": whole.to_numpy()[[0, -1]], "weights": np.array(hashlib.sha256(weights).hexdigest())}
+    return found | {"loss": losses[[0, -1]], "weights": np.array(hashlib.sha256(weights).hexdigest())}

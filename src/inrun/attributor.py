@@ -65,9 +65,11 @@ class Attributor:
         momentum: "account" books what old momentum does to an account of its own; "credit" pays it to the examples
             whose gradients it holds, so that a step's values are final only when its momentum has died away
             (inrun.credit).
-        memory: bytes that "credit" may keep of past contributions in host memory, before it goes on on disk; "auto" is
-            half of what is free.
-        kernel: "auto" or "tangent", which are the same so far.
+        memory: bytes that may be kept of examples' gradients, of one step or under "credit" of past ones, before what is
+            beyond goes to disk; "auto" is half of the host memory that is free.
+        kernel: how <g_i, q> is had of a unit (docs/kernels.md): "tangent" runs it once more for every target;
+            "perexample" forms g_i in the backward pass; "ghost", for "first" with SGD, forms neither; "auto" takes
+            what is cheapest, unit by unit, by their shapes. `plan()` shows it.
         ledger: a folder for the values, or None to keep only `last`. One that holds a run is refused unless `resume`.
         resume: continue the run in the ledger's folder; `load_state_dict` must follow, and cuts the ledger back.
         audit_every: on every k-th step, measure the target's loss before and after the step, and book what the values
@@ -78,7 +80,8 @@ class Attributor:
             books the step as skipped.
         batch_dim: the dimension of the model's inputs that holds the examples.
 
-    The model, the optimizer and the random state are left as they are: training is bit for bit what it is without.
+    The model, the optimizer and the random state are left as they are: with kernel="tangent" training is bit for bit
+    what it is without, and with the others but for the order in which the weights' gradients are added up.
     `last` is the newest step whose values are final, `train_loss` that of the step just taken, `total` the sum of all
     values so far, in nats, over all targets.
 

@@ -88,11 +88,20 @@ def test_a_line_that_is_refused_does_not_stop_the_others(monkeypatch: pytest.Mon
     assert "refused: not today." in report.table(found)
 
 
-@pytest.mark.parametrize("workload", ["gpt-tiny", "mlp-tiny", "resnet-tiny"])
-@pytest.mark.parametrize(
-    "name", [name for name, variant in VARIANTS.items() if not name.startswith(("first", "path", "second"))]
-)
-def test_what_is_compared_is_the_same(workload: str, name: str) -> None:
+# the other libraries are no part of the tests' set-up: they are held against the truth where `make bench` put them
+COMPARED = [
+    (name, workload)
+    for name, variant in VARIANTS.items()
+    for workload in ("gpt-tiny", "mlp-tiny", "resnet-tiny")
+    if not name.startswith(("first", "path", "second"))
+    and (not variant.needs or rivals.installed(variant.needs) is not None)
+    and name != "bergson"
+    and (name, workload) != ("opacus", "resnet-tiny")
+]
+
+
+@pytest.mark.parametrize(("name", "workload"), COMPARED)
+def test_what_is_compared_is_the_same(name: str, workload: str) -> None:
     """Values are <g_i, grad L>, and the step trains as the plain one does."""
     setting = Setting(WORKLOADS[workload], WORKLOADS[workload].batch, "fp32", "cpu")
     batch = setting.draw(setting.batch, 0)
@@ -105,10 +114,6 @@ def test_what_is_compared_is_the_same(workload: str, name: str) -> None:
         for direction, of in zip(directions, parameters, strict=True):
             truth[k] += gradients[of].flatten(1) @ direction.flatten()
     line, trained = Line(VARIANTS[name], 2), []
-    if line.variant.needs and rivals.installed(line.variant.needs) is None:
-        pytest.skip(f"{name} is not installed")
-    if name == "bergson" or (name, workload) == ("opacus", "resnet-tiny"):
-        pytest.skip(f"{name} does not take all of {workload}")
     for one in (plain_line("adamw"), line):
         stock = Stock(setting, shared=True)
         with one.variant.open(stock, one.targets) as opened:
