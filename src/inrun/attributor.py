@@ -65,8 +65,8 @@ class Attributor:
         momentum: "account" books what old momentum does to an account of its own; "credit" pays it to the examples
             whose gradients it holds, so that a step's values are final only when its momentum has died away
             (inrun.credit).
-        memory: bytes that may be kept of examples' gradients, of one step or under "credit" of past ones, before what is
-            beyond goes to disk; "auto" is half of the host memory that is free.
+        memory: bytes that may be kept of examples' gradients, of one step or under "credit" of past ones, before what
+            is beyond goes to disk; "auto" is half of the host memory that is free.
         kernel: how <g_i, q> is had of a unit (docs/kernels.md): "tangent" runs it once more for every target;
             "perexample" forms g_i in the backward pass; "ghost", for "first" with SGD, forms neither; "auto" takes
             what is cheapest, unit by unit, by their shapes. `plan()` shows it.
@@ -510,11 +510,17 @@ class Attributor:
 
     def _book(self, final: Sequence[Valued]) -> None:
         """Steps whose values will not change any more, into `last` and the ledger."""
+        problems = []
         for valued in final:
             self.last = done = valued.step
             if self._ledger is not None:
                 values = {name: v.numpy() for name, v in done.values.items()}
-                self._ledger.book(done.step, done.ids, values, list(valued.rows.values()))
+                try:
+                    self._ledger.book(done.step, done.ids, values, list(valued.rows.values()))
+                except InrunError as problem:  # of an earlier step's writing: this one is booked, and so are the next
+                    problems.append(problem)
+        if problems:
+            raise problems[0]
 
 
 def _inner(model: nn.Module) -> nn.Module:
