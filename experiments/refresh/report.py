@@ -296,21 +296,24 @@ def draw(result: Row, path: Path) -> None:
                 _line(panel, [r[x] for r in rows], [r[y] for r in rows], f"C{k}", f"{NAMES[optimizer]}, {rate:g}")
         for panel, name in ((step, "step"), (totals, "example")):
             _draw_rotation(panel, result, name)
-        ages.set(xlabel="age of the target's gradient, steps", ylabel="relative error of a step's values", yscale="log")
-        refresh.set(xlabel="refresh", ylabel="Spearman of the examples' totals")
+        ages.set(xlabel="age of the target's gradient, steps", ylabel="a step's values: relative error", yscale="log")
+        ages.set_yticks([0.05, 0.1, 0.2, 0.5, 1])
+        refresh.set(xlabel="refresh", ylabel="examples' totals: Spearman with refresh 1")
         for panel in (step, totals):
             panel.set(xlabel="sequences of a step's target batch", ylim=(0, 1.03))
-        step.set_ylabel(f"Spearman of a step's values with those for all {study['target']}")
-        totals.set_ylabel(f"Spearman of the examples' totals with those for all {study['target']}")
+        step.set_ylabel(f"a step's values: Spearman with all {study['target']}")
+        totals.set_ylabel(f"examples' totals: Spearman with all {study['target']}")
         for panel, ticks in (
             (ages, study["refresh"][:-1]),
             (refresh, study["refresh"]),
-            *((p, study["sizes"]) for p in (step, totals)),
+            (step, study["sizes"]),
+            (totals, study["sizes"]),
         ):
             panel.set_xscale("log")
             panel.set_xticks(ticks, [str(tick) for tick in ticks])
             panel.minorticks_off()
             panel.grid(alpha=0.3, lw=0.5)
+            panel.yaxis.set_major_formatter("{x:g}")
             panel.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2)
         figure.savefig(path, metadata={"Date": None})
         plt.close(figure)
@@ -325,10 +328,10 @@ def _draw_rotation(panel: Any, result: Row, name: str) -> None:
         fixed = [row for row in mine if not row["batch"].isdigit()]
         label = f"{NAMES[one['optimizer']]}, {one['scheme']}, {one['target']}"
         x = [int(row["batch"]) for row in rotating]
-        _line(panel, x, [row[f"{name}_spearman"] for row in rotating], f"C{k}", label)
+        _line(panel, x, [row[f"{name}_spearman"] for row in rotating], f"C{k + 4}", label)
         fixed_sizes = [int(row["batch"].removeprefix("fixed")) for row in fixed]
         heights = [row[f"{name}_spearman"][0] for row in fixed]
-        panel.plot(fixed_sizes, heights, "x", color=f"C{k}", label=f"{label}, fixed")
+        panel.plot(fixed_sizes, heights, "x", color=f"C{k + 4}", label=f"{label}, fixed")
     panel.plot(x, [row[f"{name}_expected"] for row in rotating], "k:", lw=1, label="if sequences were unrelated")
 
 
