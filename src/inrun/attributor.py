@@ -61,7 +61,8 @@ class Attributor:
             ... up to `max_nodes`, until the values add up to the measured drop of the target's loss, to `tolerance` of
             it.
         rule: where the nodes lie: in the middles of equal pieces ("midpoint"), or where Gauss and Legendre put them.
-        refresh: with "first", take a target's gradient every so many steps and use it for all of them.
+        refresh: with "first", take a target's gradient every so many steps and use it for all of them. (Where
+            `audit_every` is a multiple of it, audits meet new gradients only, and do not show what older ones cost.)
         momentum: "account" books what old momentum does to an account of its own; "credit" pays it to the examples
             whose gradients it holds, so that a step's values are final only when its momentum has died away
             (inrun.credit).
