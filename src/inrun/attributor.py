@@ -135,6 +135,7 @@ class Attributor:
         self.last: Step | None = None
         self.train_loss: float | None = None
         self.total = 0.0
+        self._refresh = refresh
         self._nodes = 0 if scheme != "path" else nodes if isinstance(nodes, int) else 1
         self._nonfinite, self._audit_every, self._permutations = nonfinite, audit_every, audit_permutations
         way = scheme_of(scheme, nodes, rule, tolerance, max_nodes, refresh)
@@ -163,6 +164,7 @@ class Attributor:
         self._waiting: _Waiting | None = None
         self._noted = False
         self._problem: NonFiniteError | None = None
+        self._weights: dict[nn.Parameter, Tensor] = {}  # as they were when gradients were taken ahead
         self._games: dict[str, Game] = {}
         self._checks_left = _CHECKS
         self._ledger: LedgerWriter | None = None
@@ -186,6 +188,7 @@ class Attributor:
         self._at_once = (
             scheme == "first"
             and momentum == "account"
+            and kernel != "tangent"
             and all(type(update).rate is not Update.rate for update in self._updates.values())
         )
         self._kernels = Kernels(
@@ -236,7 +239,9 @@ class Attributor:
         self._open = True
         if not self._pending:
             self._kernels.begin()
-            self._problem = None
+            self._problem, self._weights = None, {}
+            if self._refresh == 1:
+                self._account.forget()  # a block before this one may have failed, and the weights been loaded anew
         captured = Captured(len(found), Formed(len(found), self._names, self._pool))
         try:
             with uncompiled(), self._capture.batch(captured, lambda: self._look_ahead(captured)):
@@ -292,9 +297,11 @@ class Attributor:
     def _look_ahead(self, captured: Captured) -> None:
         """Ahead of a forward pass: get the target's gradients, if examples' gradients can be contracted with them."""
         step = self.step + 1
-        game = self._permutations and step % self._audit_every == 0
+        game = self._permutations and self._audit_every and step % self._audit_every == 0
         if not self._at_once or game or captured.formed.ahead is not None:
             return
+        self._evaluation.autocast = self._capture.autocast
+        self._weights = {p: _sample(p) for p in self._names}
         try:
             captured.formed.ahead = self._account.ahead(step, list(self._names), self._capture.watch)
         except NonFiniteError as problem:
@@ -431,6 +438,12 @@ class Attributor:
         try:
             if self._problem is not None:
                 raise self._problem
+            if not all(torch.equal(_sample(p), was) for p, was in self._weights.items()):
+                raise InrunError(
+                    "the weights were changed between the forward pass and the step (as for sharpness-aware training, "
+                    "or noise), but under scheme='first' with SGD the target's gradient is taken ahead of the backward "
+                    "pass: give the Attributor kernel='tangent', which takes it at the step."
+                )
             self._check_finite(moves, waiting)
             waiting.valued = self._value(step, moves, audited, self._permutations if audited else 0)
         except NonFiniteError as problem:
@@ -522,6 +535,12 @@ class Attributor:
                     problems.append(problem)
         if problems:
             raise problems[0]
+
+
+def _sample(p: nn.Parameter) -> Tensor:
+    """Some of the parameter's numbers."""
+    flat = p.detach().reshape(-1)
+    return flat[:: max(1, len(flat) // 64)].clone()
 
 
 def _inner(model: nn.Module) -> nn.Module:

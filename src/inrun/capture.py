@@ -273,6 +273,8 @@ class Capture:
                 )
         inputs = (*args, *kwargs.values())
         stands = len(rows) == 1 and rows[0] is not None and _stands_first(unit, rows[0])
+        stands = stands and all(type(x) in (Tensor, nn.Parameter) for x in (*inputs, output))
+        captured.cast |= self._cast_to() is not None
         kernel = self._kernels.of(unit, captured, inputs, output, stands and unchanged(unit.module))
         if kernel in ("fused", "ghost") and rows[0] is not None:
             (x,) = inputs

@@ -76,6 +76,7 @@ class Captured:
     examples: int
     formed: Formed
     calls: list[Call] = field(default_factory=list)
+    cast: bool = False  # a call was under autocast
     _spilled: tuple[Scratch, Kept] | None = None
 
     @property

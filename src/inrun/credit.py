@@ -340,7 +340,7 @@ def _stored(past: _Past) -> dict[str, Any]:
 
 def _cast(pending: Sequence[Microbatch]) -> bool:
     """Whether a forward pass was under autocast."""
-    return any(call.autocast is not None for microbatch in pending for call in microbatch.captured.calls)
+    return any(microbatch.captured.cast for microbatch in pending)
 
 
 def _dot(x: Tensor, y: Tensor) -> float:

@@ -68,6 +68,9 @@ class Scheme(Protocol):
     def forget(self) -> None:
         """Take every gradient anew: the weights may have changed otherwise than by a step."""
 
+    def done(self, step: int) -> None:
+        """The step was taken: keep what the next one will use."""
+
     def state_dict(self, names: Mapping[nn.Parameter, str]) -> dict[str, Any]:
         """What later steps need of this one, as plain values and tensors."""
 
@@ -168,6 +171,7 @@ class First:
         self._room, self._refresh = Room(), refresh
         # by target: the step at which its gradient was taken, the loss there, and the gradient
         self._taken: dict[str, tuple[int, float, Ahead]] = {}
+        self.trained: Sequence[nn.Parameter] = ()
 
     def ahead(
         self, targets: Sequence[Target], step: int, parameters: Sequence[nn.Parameter], watch: Watch
@@ -185,15 +189,13 @@ class First:
         found = {}
         for target in targets:
             if not self._lasts(target, step):
-                loss, gradients = target.gradient(step, list(moves))
-                gradient = {p: g for p, g in zip(moves, gradients, strict=True) if g is not None}
+                # of all parameters: one that does not move in this step may in the next
+                parameters = list(dict.fromkeys((*moves, *self.trained))) if self._refresh > 1 else list(moves)
+                loss, gradients = target.gradient(step, parameters)
+                gradient = {p: g for p, g in zip(parameters, gradients, strict=True) if g is not None}
                 self._taken[target.name] = step, loss, Ahead(gradient, {})
             taken, loss, ahead = self._taken[target.name]
-            if self._lasts(target, step + 1):
-                mine = [None if g is None else g.clone() for g in map(ahead.gradient.get, moves)]
-            else:
-                mine = [ahead.gradient.get(p) for p in moves]
-                del self._taken[target.name]
+            mine = [ahead.gradient.get(p) for p in moves]
             found[target.name] = _single(piece, (loss, mine), int(taken == step))
         return found
 
@@ -203,6 +205,11 @@ class First:
 
     def forget(self) -> None:
         self._taken.clear()
+
+    def done(self, step: int) -> None:
+        self._taken = {
+            name: of for name, of in self._taken.items() if of[0] // self._refresh == (step + 1) // self._refresh
+        }
 
     def state_dict(self, names: Mapping[nn.Parameter, str]) -> dict[str, Any]:
         """The gradients that later steps will use, by target and parameter; empty where none will."""
@@ -227,6 +234,9 @@ class AtTheStep:
     """A scheme that takes every gradient at its own step, and nothing of one step to the next."""
 
     def forget(self) -> None:
+        """See Scheme."""
+
+    def done(self, step: int) -> None:
         """See Scheme."""
 
     def state_dict(self, names: Mapping[nn.Parameter, str]) -> dict[str, Any]:

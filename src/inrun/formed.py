@@ -133,6 +133,8 @@ class Formed:
         for key, held in self._held:
             self._pool.give(key, held)
         self._held = []
+        if self.ahead is not None:
+            self.ahead = []  # a loss that is kept keeps the graph, and that this, but not the targets' gradients
 
 
 def shares(g: Tensor, vectors: Sequence[Tensor]) -> Tensor:
@@ -154,6 +156,10 @@ def products(
     if not vectors:
         nothing = torch.zeros(0, dtype=torch.float64, device=parts[0].device if parts else None)
         return [nothing.expand(len(g), 0).T for g in parts], nothing, nothing
+    if not vectors[0].numel():
+        device, K = vectors[0].device, len(vectors)
+        nothing = torch.zeros(K, dtype=torch.float64, device=device)
+        return [nothing[:, None].expand(K, len(g)) for g in parts], nothing, nothing
     flat, rows = [v.reshape(-1) for v in vectors], [g.reshape(len(g), -1) for g in parts]
     device, dtype, K = flat[0].device, flat[0].dtype, len(flat)
     found = [torch.zeros(K, len(g), dtype=torch.float64, device=device) for g in parts]

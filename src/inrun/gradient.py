@@ -120,12 +120,15 @@ class Received:
     def _factors(self, moves: Mapping[nn.Parameter, Moved]) -> dict[nn.Parameter, Tensor] | None:
         """One factor by parameter, as clipping by norm and unscaling leave it; None if it is not that simple."""
         found: dict[nn.Parameter, float] = {}
-        silent = []
+        silent, away = [], []
         for p in self._names:
             raw, received = self.raw.get(p), moves[p].gradient if p in moves else None
-            if raw is None or received is None:
-                if raw is not received:
-                    return None
+            if raw is None and received is None:
+                continue
+            if raw is None:
+                return None
+            if received is None:
+                away.append(p)
                 continue
             factor = _factor(raw, received)
             if factor is None:
@@ -137,7 +140,7 @@ class Received:
         most, least = max(found.values(), default=1.0), min(found.values(), default=1.0)
         if not least >= 0 or (most > 1 + _UNIFORM and most - least > _UNIFORM * most):
             return None
-        found |= dict.fromkeys(silent, most)
+        found |= dict.fromkeys(silent, most) | dict.fromkeys(away, 0.0)
         return {p: torch.tensor(factor, dtype=torch.float64, device=p.device) for p, factor in found.items()}
 
 
@@ -155,10 +158,15 @@ def _factor(raw: Tensor, received: Tensor) -> float | None:
     return factor if left <= 16 * torch.finfo(raw.dtype).eps * abs(factor) * math.sqrt(squares) else None
 
 
+def _in_words(x: Tensor) -> bool:
+    """Whether it can be looked at as numbers of eight bytes."""
+    return x.is_contiguous() and x.nbytes % 8 == 0 and x.storage_offset() * x.element_size() % 8 == 0
+
+
 def _same(x: Tensor | None, y: Tensor | None) -> bool:
     if x is None or y is None:
         return x is y
-    if x.dtype == y.dtype and x.shape == y.shape and x.nbytes % 8 == 0 and x.is_contiguous() and y.is_contiguous():
+    if x.dtype == y.dtype and x.shape == y.shape and _in_words(x) and _in_words(y):
         words = x.view(-1).view(torch.int64), y.view(-1).view(torch.int64)  # compared in half the time
         if torch.equal(*words):
             return True

@@ -160,6 +160,8 @@ def _shape(unit: Unit, captured: Captured, x: Tensor, output: Tensor) -> Shape |
     if "weight" not in unit.parameters or not (is_linear(module) or is_convolution(module)):
         return None
     weight = unit.parameters["weight"]
+    if not weight.numel() or not captured.examples:
+        return None
     O = weight.shape[1 if is_linear(module) and turned(module) else 0]  # noqa: E741
     N, size = captured.examples, output.element_size()
     return Shape(N, output.numel() // (N * O), weight.numel() // O, O, size, (x.numel() + output.numel()) * size)

@@ -74,7 +74,7 @@ class Piece:
         finally:
             for p, weight in alone.items():
                 p.data = weight
-            _exchange(shared, there)
+            _exchange(shared[::-1], there)  # in the other order, should two of them lie in one memory
 
     def factored(
         self, gradients: Sequence[Tensor | None]
@@ -98,7 +98,8 @@ class Piece:
         for p, vector in vectors.items():
             storage = vector.untyped_storage()
             # autograd may hand out one tensor for two parameters, or one number for many entries
-            mine = storage.data_ptr() not in storages and storage.nbytes() >= vector.nbytes
+            whole = storage.nbytes() >= vector.nbytes and 0 not in vector.stride()
+            mine = storage.data_ptr() not in storages and whole
             storages.add(storage.data_ptr())
             q[p] = vector if mine else vector.clone(memory_format=torch.contiguous_format)
         with torch.no_grad():

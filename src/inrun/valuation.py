@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from inrun.books import Audit, Group, check_conservation, losses_without_data
 from inrun.captured import Captured
-from inrun.direction import Scheme, Watch
+from inrun.direction import First, Scheme, Watch
 from inrun.errors import InrunError, NonFiniteError
 from inrun.formed import Ahead
 from inrun.game import Game, play
@@ -62,6 +62,8 @@ class Account:
     def __init__(self, targets: Sequence[Target], scheme: Scheme, groups: Sequence[Group]) -> None:
         self._targets, self._scheme, self._groups = targets, scheme, groups
         self._names = {p: name for group in groups for p, name in group.parameters.items()}
+        if isinstance(scheme, First):
+            scheme.trained = list(self._names)
         self._group_of = {p: k for k, group in enumerate(groups) for p in group.parameters}
 
     def ahead(self, step: int, parameters: Sequence[nn.Parameter], watch: Watch) -> list[Ahead] | None:
@@ -125,6 +127,9 @@ class Account:
         """q over what gradients were contracted with on the spot, by parameter."""
         factors: dict[nn.Parameter, Tensor | float] = {}
         for p in {p for batch in batches for p in batch.formed.paid}:
+            if p not in moves:  # its gradient was taken away: no example moves it
+                factors[p] = 0.0
+                continue
             rate, scale = moves[p].update.rate(moves[p], 0.0, 1.0), 1.0 if scales is None else scales[p]
             assert rate is not None
             if isinstance(scale, Tensor) and scale.ndim:
@@ -138,6 +143,7 @@ class Account:
     def finished(self, valued: Valued, row: Mapping[str, Any]) -> list[Valued]:
         """The steps that are final now that the optimizers have taken this one, their rows complete."""
         step = valued.step
+        self._scheme.done(step.step)
         for target in self._targets:
             found = valued.rows.setdefault(target.name, {})
             found |= {

@@ -282,3 +282,55 @@ def test_hugging_face_is_fused() -> None:
         left = {type(call.unit.module).__name__ for call in microbatch.captured.calls}
         assert left == {"Embedding"}
         attributor.discard()
+
+
+def test_weights_that_were_changed_for_the_batch_alone_are_an_error() -> None:
+    """The target's gradient of `first` under SGD is taken ahead; with kernel="tangent" it is taken at the step."""
+    for kernel, wrong in (("auto", True), ("tangent", False)):
+        model, optimizer, attributor = attributed(kernel=kernel)
+        with torch.no_grad():
+            kept = [p.clone() for p in model.parameters()]
+            for p in model.parameters():
+                p.add_(0.01)
+        with attributor.batch(range(4)):
+            GPT_CASE.loss(model, tokens(4, 1)).backward()
+        with torch.no_grad():
+            for p, weight in zip(model.parameters(), kept, strict=True):
+                p.copy_(weight)
+        if wrong:
+            with pytest.raises(InrunError, match="kernel='tangent'"):
+                optimizer.step()
+        else:
+            optimizer.step()
+
+
+def test_a_block_that_failed_leaves_no_gradient_behind() -> None:
+    """Weights that are loaded anew after it have another."""
+    found = []
+    for fails in (False, True):
+        model, optimizer, attributor = attributed(kernel="perexample")
+        good = copy.deepcopy(model.state_dict())
+        if fails:
+            with torch.no_grad():
+                for p in model.parameters():
+                    p.mul_(1.5)
+            with pytest.raises(InrunError, match="no gradient reached"), attributor.batch(range(4)):
+                GPT_CASE.loss(model, tokens(4, 1))
+            model.load_state_dict(good)
+        found.append(step(model, optimizer, attributor, 1))
+    assert torch.equal(*found)
+
+
+def test_a_patched_linear_function_is_not_taken_for_the_plain_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its training is left as it is."""
+    plain = torch.nn.functional.linear
+    monkeypatch.setattr(torch.nn.functional, "linear", lambda x, w, b=None: plain(x, w.clamp(-0.1, 0.1), b))
+    model = nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 3))
+    case = CASES["mlp"]
+    wanted = torch.autograd.grad(case.loss(model, case.batch(5, 1)), list(model.parameters()))
+    attributor = Attributor(model, AdamW(model.parameters()), {"t": case.batch(3, 2)}, case.loss, kernel="perexample")
+    with attributor.batch(range(5)):
+        case.loss(model, case.batch(5, 1)).backward()
+    for p, gradient in zip(model.parameters(), wanted, strict=True):
+        assert p.grad is not None
+        torch.testing.assert_close(p.grad, gradient)

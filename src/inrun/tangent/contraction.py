@@ -5,6 +5,7 @@ gradient of example i's rows of the output against the tangent of the output in 
 all units add up to <g_i, q>, those of shared parameters included, since q is the parameter's.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
@@ -136,7 +137,11 @@ def _contract_call(
 
 
 def _contract_tangent(call: Call, direction: Mapping[str, Tensor], examples: int) -> tuple[Tensor, Tensor]:
-    device = next(iter(direction.values())).device
+    device, scale = next(iter(direction.values())).device, 1.0
+    if call.autocast == torch.float16:  # which has no numbers as small as q is
+        largest = max(float(q.abs().max()) if q.numel() else 0.0 for q in direction.values())
+        scale = 2.0 ** -math.frexp(largest)[1] if largest else 1.0
+        direction = {name: q * scale for name, q in direction.items()}
     args, kwargs = call.inputs(device)
     with call.again():
         leaves, _ = tree_flatten(tangent(call.unit.module, direction, args, kwargs, call.random_state))
@@ -152,4 +157,4 @@ def _contract_tangent(call: Call, direction: Mapping[str, Tensor], examples: int
             else:
                 product = gradient * towards
             shares = shares + rows.per_example(product, examples).sum(dim=1).double()
-    return shares, magnitude
+    return shares / scale, magnitude / scale

@@ -25,6 +25,15 @@ from inrun.tangent.generic import run_again
 from inrun.tangent.linear import linear_in_parameters
 from inrun.tangent.rules import Rules
 
+# what a layer's formula rests on: another library may put something else in their place
+_AS_IMPORTED = {
+    (where, name): getattr(where, name)
+    for where, name in (
+        *((functional, name) for name in ("linear", "conv1d", "conv2d", "conv3d", "layer_norm", "rms_norm")),
+        *((kind, "forward") for kind in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.LayerNorm, nn.RMSNorm)),
+    )
+}
+
 # rule(call, examples) -> [examples, *shape] by the parameter's name in the unit, of trained parameters at least
 _NORMS = (
     nn.LayerNorm,
@@ -67,7 +76,9 @@ def rule_of(call: Call) -> Rule | None:
 def unchanged(module: nn.Module) -> bool:
     """Whether its type alone says what the module computes: no hook of another's, no forward put in its place."""
     hooks = (*module._forward_hooks.values(), *_global_forward_hooks.values())
-    return all(isinstance(hook, Hook) for hook in hooks) and "forward" not in vars(module)
+    theirs = "forward" in vars(module) or torch._C._len_torch_function_stack() > 0
+    patched = any(getattr(where, name) is not was for (where, name), was in _AS_IMPORTED.items())
+    return all(isinstance(hook, Hook) for hook in hooks) and not theirs and not patched
 
 
 def is_norm(module: nn.Module) -> bool:
