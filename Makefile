@@ -25,7 +25,7 @@ check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# QUICK=1: a few minutes in place of half an hour. bergson asks for more than its collector uses, and a torchvision
+# QUICK=1: a few minutes. bergson asks for more than its collector uses, and a torchvision
 # that does not load beside torch's CPU build, so it goes in by itself.
 bench: setup
 	$(BIN)/python -m pip install --quiet --no-warn-conflicts --constraint constraints.txt --group study --group bench

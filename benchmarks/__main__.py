@@ -94,7 +94,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--quick", action="store_true", help="a short set: a few minutes in place of half an hour")
+    parser.add_argument("--quick", action="store_true", help="a short set: a few minutes")
     parser.add_argument("--models", type=names(WORKLOADS), help=", ".join(WORKLOADS))
     parser.add_argument("--variants", type=names(VARIANTS), help=", ".join(VARIANTS))
     parser.add_argument("--rounds", type=int, help="that count; by default what fits the time of the set")

@@ -44,7 +44,7 @@ def _case(
 
 
 def standard() -> list[Case]:
-    """About half an hour on two cores."""
+    """What `make bench` measures."""
     every = (*SCHEMES, *KERNELS, *SLOW_WAYS, *RIVALS)
     some = ("first-sgd", "path", *SLOW_WAYS)
     return [

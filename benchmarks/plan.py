@@ -2,16 +2,10 @@
 
 from inrun import Attributor
 
-SECONDS = "seconds"  # of a plan: by how much a step takes longer, the targets' own passes apart
 
-
-def predicted(attributor: Attributor) -> float | None:
-    """The plan's seconds; None if this version of inrun has no plans, or its plans no such number."""
-    plan = getattr(attributor, "plan", None)
-    if plan is None:
-        return None
-    found = getattr(plan(), SECONDS, None)
-    return None if found is None else float(found)
+def predicted(attributor: Attributor) -> float:
+    """The plan's seconds: by how much a step takes longer, the targets' own passes apart."""
+    return attributor.plan().seconds
 
 
 def error(planned: float, measured: float) -> float | None:

@@ -1,7 +1,7 @@
 """An independent way to the credit direction: the real optimizer's moves and plain autograd."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -49,3 +49,10 @@ def reference_direction(
                 chord = torch.where(p.grad == 0, 0.0, (low[p] - high[p]) / p.grad)
                 q[p] = q.get(p, torch.zeros_like(p)) + chord * gradient
     return q
+
+
+def contracted(model: nn.Module, g: Mapping[str, Tensor], q: Mapping[nn.Parameter, Tensor]) -> Tensor:
+    """<g_i, q> from every example's gradients by name, [examples, *shape]: [examples]."""
+    found = sum((g[name] * q[p]).flatten(1).sum(1) for name, p in model.named_parameters() if p in q)
+    assert isinstance(found, Tensor)
+    return found

@@ -18,7 +18,7 @@ from torch.func import functional_call, vmap
 from torch.optim import Optimizer
 
 from experiments.fidelity.training import GPT, Run, Study, example_losses, loss, mean_loss, settings_of
-from inrun.direction import AtTheStep, Direction, Scheme, scheme_of
+from inrun.direction import Direction, Scheme, scheme_of
 from inrun.game import Game
 from inrun.oracle import StepGame, monte_carlo_shapley, per_example_gradients
 from inrun.piece import Moves
@@ -31,7 +31,7 @@ TOLERANCE = 1e-9  # nats, for those
 DRAWS = 400  # of the noise of the ground truth
 
 
-class SGDProxy(AtTheStep):
+class SGDProxy(Scheme):
     """The gradient at w times the learning rate, whatever the optimizer: what the paper's code does under AdamW."""
 
     target_gradients = 1

@@ -3,7 +3,7 @@
 import importlib
 import json
 import platform
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -119,12 +119,12 @@ def _curve(run: Mapping[str, list[float]]) -> Row:
     return {name: [short(value) for value in curve] for name, curve in curves.items()}
 
 
-def write(result: Row, out: Path, *, figure: bool) -> None:
-    """result.json, the tables between the marks of README.md, and figure.svg, in this folder."""
+def write(result: Row, out: Path, text: str, draw: Callable[[Row, Path], None] | None) -> None:
+    """A study's result.json, its tables between the marks of README.md, and its figure.svg, in this folder."""
     out.mkdir(parents=True, exist_ok=True)
     (out / "result.json").write_text(as_text(result), "utf-8")
-    fill(out / "README.md", tables(result))
-    if figure:
+    fill(out / "README.md", text)
+    if draw is not None:
         draw(result, out / "figure.svg")
 
 

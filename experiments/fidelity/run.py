@@ -236,7 +236,7 @@ def main(arguments: list[str] | None = None) -> None:
     games, booked = collect(study, store)
     out = options.out or (store.folder if options.quick else Path(__file__).parent)
     result = report.summarise(study, games, booked)
-    report.write(result, out, figure=not options.no_figure)
+    report.write(result, out, report.tables(result), None if options.no_figure else report.draw)
     if not options.quick and options.out is None:
         report.fill(Path(__file__).parents[2] / "README.md", report.short_table(result))
     console.print(f"{out / 'result.json'}  ({(time.monotonic() - begun) / 60:.1f} min)", highlight=False)

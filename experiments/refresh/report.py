@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from experiments.fidelity.report import NAMES, as_text, fill, processor, short
+from experiments.fidelity.report import NAMES, processor, short
 from experiments.refresh.training import MIXED, OTHER, Piece, Study
 from inrun.game import spearman
 
@@ -191,15 +191,6 @@ def _against_whole(
     truth = runs[replace(piece, seed=seed, refresh=1)][f"values-{study.whole(target)}"]
     values = run[f"values-{target}-{batch}"]
     return by_step(values, truth, np.ones(len(values), dtype=bool)) | by_total(run, values, truth)
-
-
-def write(result: Row, out: Path, *, figure: bool) -> None:
-    """result.json, the tables between the marks of README.md, and figure.svg, in this folder."""
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "result.json").write_text(as_text(result), "utf-8")
-    fill(out / "README.md", tables(result))
-    if figure:
-        draw(result, out / "figure.svg")
 
 
 def tables(result: Row) -> str:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from rich.console import Console
 
+from experiments.fidelity.report import write
 from experiments.refresh import report
 from experiments.refresh.training import QUICK, Piece, Study, pieces_of, train, write_text
 
@@ -53,7 +54,8 @@ def main(arguments: list[str] | None = None) -> None:
     begun = time.monotonic()
     paths = compute(study, folder, console)
     out = options.out or (folder if options.quick else Path(__file__).parent)
-    report.write(report.summarise(study, paths), out, figure=not options.no_figure)
+    result = report.summarise(study, paths)
+    write(result, out, report.tables(result), None if options.no_figure else report.draw)
     console.print(f"{out / 'result.json'}  ({(time.monotonic() - begun) / 60:.1f} min)", highlight=False)
 
 

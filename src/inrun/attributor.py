@@ -2,7 +2,8 @@
 
 One step, from batch to ledger:
 
-    with attributor.batch(ids): ...backward()   capture.py: inputs and output gradients of every unit
+    with attributor.batch(ids): ...backward()   capture.py: of every unit the examples' gradients, or its inputs and
+                                                output gradients, as kernels.py chose
     optimizer.step()                            direction.py: q from the optimizer's move and the target's gradient,
                                                 tangent/contraction.py: phi_i = <g_i, q>,
                                                 valuation.py: both for every target, and the books
@@ -138,22 +139,22 @@ class Attributor:
         self._refresh = refresh
         self._nodes = 0 if scheme != "path" else nodes if isinstance(nodes, int) else 1
         self._nonfinite, self._audit_every, self._permutations = nonfinite, audit_every, audit_permutations
-        way = scheme_of(scheme, nodes, rule, tolerance, max_nodes, refresh)
         self._updates = {optimizer: update_of(optimizer) for optimizer in self.optimizers}
         self._names = trained_parameters(model, self.optimizers)
+        way = scheme_of(scheme, nodes, rule, tolerance, max_nodes, refresh, self._names)
         units = find_units(model, set(self._names))
         self._evaluation = evaluation = Evaluation(model)
         self._targets = [Target(name, batches, loss, evaluation, refresh) for name, batches in targets.items()]
         for target in self._targets:
             target.gradient(0, list(self._names))  # a target that cannot be used is refused now, not in mid-run
         groups = groups_of(units)
+        self._room = free_memory() // 2 if memory == "auto" else memory
+        folder = None if ledger is None else Path(ledger)
         self._account: Account | Credit
         if momentum == "credit":
             if audit_permutations or nonfinite == "skip" or refresh != 1:
                 raise InrunError("momentum='credit' goes with none of audit_permutations=, nonfinite='skip', refresh=.")
-            scratch = Scratch(
-                free_memory() // 2 if memory == "auto" else memory, None if ledger is None else Path(ledger)
-            )
+            scratch = Scratch(self._room, folder)
             self._account = Credit(self._targets, way, groups, self._names, list(self._updates.values()), scratch)
         else:
             self._account = Account(self._targets, way, groups)
@@ -196,8 +197,7 @@ class Attributor:
         )
         self._capture = Capture(model, units, self._kernels, batch_dim)
         self._pool = Pool()
-        self._scratch = Scratch(0, None if ledger is None else Path(ledger))
-        self._room = free_memory() // 2 if memory == "auto" else memory
+        self._scratch = Scratch(0, folder)
         self._hooks = [
             hook
             for optimizer in self.optimizers
@@ -231,10 +231,8 @@ class Attributor:
                 f"{len(self._waiting.remaining)} of {len(self.optimizers)} optimizers have not stepped since the last "
                 "batch: step all that the Attributor was given before the next, or discard() what was dropped."
             )
-        if self._pending and self._received.overflowed():
-            self.discard()  # a gradient scaler left the step out, as it does
-        if self._pending:
-            self._received.check_untouched()
+        if self._pending and self._received.left_out():
+            self.discard()
         self._games = {}
         self._open = True
         if not self._pending:
@@ -303,7 +301,7 @@ class Attributor:
         self._evaluation.autocast = self._capture.autocast
         self._weights = {p: _sample(p) for p in self._names}
         try:
-            captured.formed.ahead = self._account.ahead(step, list(self._names), self._capture.watch)
+            captured.formed.ahead = self._account.ahead(step, self._capture.watch)
         except NonFiniteError as problem:
             captured.formed.ahead, self._problem = [], problem  # it is the step's, not the forward pass's
 

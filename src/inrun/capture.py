@@ -221,11 +221,9 @@ class Capture:
         if not torch.is_grad_enabled():
             return None
         if self._put_off.get(unit):
+            layouts = {self._now.rows.get((unit, k)) for k in self._put_off[unit]} if self._now is not None else set()
             index = self._put_off[unit].pop()
-            if (
-                self._now is not None
-                and len({str(self._now.rows.get((unit, k))) for k in (*self._put_off[unit], index)}) > 1
-            ):
+            if len(layouts) > 1:
                 raise InrunError(
                     f"{unit.name} is called several times, laid out otherwise each time, in parts of the model that "
                     "are checkpointed with use_reentrant=True, which runs them again in another order. Use "
@@ -291,7 +289,7 @@ class Capture:
             unit, args, kwargs, unit.module.training, self._cast_to(), random_state, versions, list(rows), nothing
         )
         call.late = kernel == "late"
-        form = kernel == "formed" and len(leaves) == 1 and rule_of(call) is not None
+        form = kernel == "formed"
         for k, (leaf, found) in wholes.items():
             # a view of its own, so that the gradient is this output's alone where one output is made of another
             leaves[k] = leaf.view_as(leaf) if len(watched) > 1 else leaf
@@ -356,8 +354,7 @@ def _pay(unit: Unit, x: Tensor, rows: Rows, captured: Captured) -> Callable[[Ten
         check_version(unit, x, version)
         N, formed, b = captured.examples, captured.formed, gradient.detach()
         pairs = [of.pairs.get(unit, []) for of in formed.ahead or ()]
-        b_NRO = rows.per_example(b, N).view(N, -1, b.shape[-1])
-        a_NRI = rows.per_example(x, N).view(N, -1, x.shape[-1])
+        a_NRI, b_NRO = rows.by_features(x, N), rows.by_features(b, N)
         if b.element_size() < 4:
             formed.coarse |= set(unit.parameters.values())
             a_NRI, b_NRO = a_NRI.float(), b_NRO.float()

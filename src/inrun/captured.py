@@ -39,18 +39,24 @@ class Call:
         """The norm of every gradient, for all targets once."""
         return [gradient.norm() if gradient is not None else None for gradient in self.gradients]
 
-    def inputs(self, device: torch.device) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    @property
+    def device(self) -> torch.device:
+        """Where the unit is."""
+        return next(iter(self.unit.parameters.values())).device
+
+    def inputs(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The inputs, on the device again if they were moved off it."""
         if not self.spilled:
             return self.args, self.kwargs
-        args, kwargs = tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, (self.args, self.kwargs))
+        args, kwargs = tree_map(lambda x: x.to(self.device) if isinstance(x, Tensor) else x, (self.args, self.kwargs))
         return args, kwargs
 
     @contextmanager
     def again(self) -> Iterator[None]:
         """The unit inside the block as it was in the call: in its mode, under its autocast."""
-        device = next(iter(self.unit.parameters.values())).device.type
-        cast = torch.autocast(device, self.autocast or torch.bfloat16, self.autocast is not None, cache_enabled=False)
+        cast = torch.autocast(
+            self.device.type, self.autocast or torch.bfloat16, self.autocast is not None, cache_enabled=False
+        )
         with in_mode(self.unit.module, self.training), cast:
             yield
 

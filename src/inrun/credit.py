@@ -136,7 +136,7 @@ class Credit:
         self._decayed: dict[str, Tensor] = {}
         self._next = self._old, self._decayed  # after the step that is about to be taken
 
-    def ahead(self, step: int, parameters: Sequence[nn.Parameter], watch: Watch) -> None:
+    def ahead(self, step: int, watch: Watch) -> None:
         """Nothing: contributions are kept."""
 
     def value(

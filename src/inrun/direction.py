@@ -15,10 +15,12 @@ gradient may be nearly all of the move, and the values' sum then misses what the
 equally spaced ones, until the values' sum is the loss that the move really removed.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from types import MappingProxyType
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -54,33 +56,43 @@ class Direction:
         return self.vectors[p] * self.factors[p] if p in self.factors else self.vectors[p]
 
 
-class Scheme(Protocol):
-    """A way to q."""
+class Scheme(ABC):
+    """A way to q. Most take every gradient at its own step, and nothing of one step to the next."""
 
+    @abstractmethod
     def directions(self, targets: Sequence[Target], step: int, moves: Moves) -> dict[str, Direction]:
         """q and loss for every target at this step; a parameter on which a target does not depend is not in its q."""
 
-    def ahead(
-        self, targets: Sequence[Target], step: int, parameters: Sequence[nn.Parameter], watch: Watch
-    ) -> list[Ahead] | None:
+    def ahead(self, targets: Sequence[Target], step: int, watch: Watch) -> list[Ahead] | None:
         """Every target's gradient, if q will be it but for one number by parameter; None if that is not known yet."""
+        return None
 
     def forget(self) -> None:
         """Take every gradient anew: the weights may have changed otherwise than by a step."""
+        return
 
     def done(self, step: int) -> None:
         """The step was taken: keep what the next one will use."""
+        return
 
-    def state_dict(self, names: Mapping[nn.Parameter, str]) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """What later steps need of this one, as plain values and tensors."""
+        return {}
 
-    def load_state_dict(self, state: Mapping[str, Any], names: Mapping[nn.Parameter, str]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The counterpart of `state_dict`."""
+        return
 
 
 def scheme_of(
-    scheme: str, nodes: int | Literal["adaptive"], rule: str, tolerance: float, max_nodes: int, refresh: int = 1
-) -> "First | Second | Path | Adaptive":
+    scheme: str,
+    nodes: int | Literal["adaptive"],
+    rule: str,
+    tolerance: float,
+    max_nodes: int,
+    refresh: int = 1,
+    names: Mapping[nn.Parameter, str] = MappingProxyType({}),
+) -> Scheme:
     """The scheme of these settings. Raises InrunError for what does not exist or does not go together."""
     if scheme not in ("first", "second", "path"):
         raise InrunError(f"scheme {scheme!r} does not exist: choose 'first', 'second' or 'path'.")
@@ -96,7 +108,7 @@ def scheme_of(
     if scheme != "path":
         if nodes != 1 or rule != "midpoint":
             raise InrunError(f"scheme {scheme!r} takes no nodes and no rule: use scheme='path'.")
-        return First(refresh) if scheme == "first" else Second()
+        return First(refresh, names) if scheme == "first" else Second()
     if nodes != "adaptive":
         return Path(1, gauss_nodes(nodes)) if rule == "gauss" else Path(nodes, [(0.5, 1.0)])
     if rule != "midpoint":
@@ -164,92 +176,66 @@ def _single(piece: Piece, gradients: _Gradients, target_gradients: int) -> Direc
     return Direction(vectors, loss, target_gradients, factors)
 
 
-class First:
-    """The paper's first order: the gradient at w."""
+class First(Scheme):
+    """The paper's first order: the gradient at w, taken every `refresh` steps."""
 
-    def __init__(self, refresh: int = 1) -> None:
-        self._room, self._refresh = Room(), refresh
+    def __init__(self, refresh: int, names: Mapping[nn.Parameter, str]) -> None:
+        self._room, self._refresh, self._names = Room(), refresh, names
         # by target: the step at which its gradient was taken, the loss there, and the gradient
         self._taken: dict[str, tuple[int, float, Ahead]] = {}
-        self.trained: Sequence[nn.Parameter] = ()
 
-    def ahead(
-        self, targets: Sequence[Target], step: int, parameters: Sequence[nn.Parameter], watch: Watch
-    ) -> list[Ahead] | None:
+    def ahead(self, targets: Sequence[Target], step: int, watch: Watch) -> list[Ahead]:
         for target in targets:
-            if not self._lasts(target, step):
+            if not self._lasts(target.name, step):
                 with watch() as pairs:
-                    loss, found = target.gradient(step, parameters)
-                gradient = {p: g for p, g in zip(parameters, found, strict=True) if g is not None}
-                self._taken[target.name] = step, loss, Ahead(gradient, pairs)
+                    self._take(target, step, list(self._names), pairs)
         return [self._taken[target.name][2] for target in targets]
 
     def directions(self, targets: Sequence[Target], step: int, moves: Moves) -> dict[str, Direction]:
         piece = Piece(moves, 0.0, 1.0, self._room)
         found = {}
         for target in targets:
-            if not self._lasts(target, step):
-                # of all parameters: one that does not move in this step may in the next
-                parameters = list(dict.fromkeys((*moves, *self.trained))) if self._refresh > 1 else list(moves)
-                loss, gradients = target.gradient(step, parameters)
-                gradient = {p: g for p, g in zip(parameters, gradients, strict=True) if g is not None}
-                self._taken[target.name] = step, loss, Ahead(gradient, {})
+            if not self._lasts(target.name, step):
+                # of all parameters, where others than those that move now may move in a later step
+                self._take(target, step, list(self._names if self._refresh > 1 else moves), {})
             taken, loss, ahead = self._taken[target.name]
             mine = [ahead.gradient.get(p) for p in moves]
             found[target.name] = _single(piece, (loss, mine), int(taken == step))
         return found
 
-    def _lasts(self, target: Target, step: int) -> bool:
+    def _take(
+        self, target: Target, step: int, parameters: Sequence[nn.Parameter], pairs: dict[Unit, list[Pair]]
+    ) -> None:
+        loss, found = target.gradient(step, parameters)
+        gradient = {p: g for p, g in zip(parameters, found, strict=True) if g is not None}
+        self._taken[target.name] = step, loss, Ahead(gradient, pairs)
+
+    def _lasts(self, name: str, step: int) -> bool:
         """Whether the gradient that was taken last is good for this step, too."""
-        return target.name in self._taken and self._taken[target.name][0] // self._refresh == step // self._refresh
+        return name in self._taken and self._taken[name][0] // self._refresh == step // self._refresh
 
     def forget(self) -> None:
         self._taken.clear()
 
     def done(self, step: int) -> None:
-        self._taken = {
-            name: of for name, of in self._taken.items() if of[0] // self._refresh == (step + 1) // self._refresh
-        }
+        self._taken = {name: of for name, of in self._taken.items() if self._lasts(name, step + 1)}
 
-    def state_dict(self, names: Mapping[nn.Parameter, str]) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """The gradients that later steps will use, by target and parameter; empty where none will."""
         return {
-            name: {"step": step, "loss": loss, "gradient": {names[p]: g for p, g in ahead.gradient.items()}}
+            name: {"step": step, "loss": loss, "gradient": {self._names[p]: g for p, g in ahead.gradient.items()}}
             for name, (step, loss, ahead) in self._taken.items()
         }
 
-    def load_state_dict(self, state: Mapping[str, Any], names: Mapping[nn.Parameter, str]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on with another run's gradients."""
-        self._taken = {
-            name: (
-                int(of["step"]),
-                float(of["loss"]),
-                Ahead({p: of["gradient"][n].to(p.device) for p, n in names.items() if n in of["gradient"]}, {}),
-            )
-            for name, of in state.items()
-        }
+        self._taken = {}
+        for name, of in state.items():
+            gradient = {p: of["gradient"][n].to(p.device) for p, n in self._names.items() if n in of["gradient"]}
+            self._taken[name] = int(of["step"]), float(of["loss"]), Ahead(gradient, {})
 
 
-class AtTheStep:
-    """A scheme that takes every gradient at its own step, and nothing of one step to the next."""
-
-    def forget(self) -> None:
-        """See Scheme."""
-
-    def done(self, step: int) -> None:
-        """See Scheme."""
-
-    def state_dict(self, names: Mapping[nn.Parameter, str]) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, Any], names: Mapping[nn.Parameter, str]) -> None:
-        """See Scheme."""
-
-    def ahead(self, targets: Sequence[Target], step: int, parameters: Sequence[nn.Parameter], watch: Watch) -> None:
-        return None
-
-
-class Second(AtTheStep):
+class Second(Scheme):
     """The paper's second order: a gradient and a Hessian-vector product at w."""
 
     def __init__(self) -> None:
@@ -261,7 +247,7 @@ class Second(AtTheStep):
         return {target.name: _single(piece, target.second_order(step, back), 2) for target in targets}
 
 
-class Path(AtTheStep):
+class Path(Scheme):
     """`pieces` equal pieces, on the chord of each of which the target's gradient is taken at the nodes (x, weight)."""
 
     def __init__(self, pieces: int, nodes: Sequence[tuple[float, float]]) -> None:
@@ -283,7 +269,7 @@ class Path(AtTheStep):
         return {name: found.direction(self._pieces * len(self._nodes)) for name, found in sums.items()}
 
 
-class Adaptive(AtTheStep):
+class Adaptive(Scheme):
     """More and more nodes, for every target until its values' sum agrees with what the step removes.
 
     What it removes is measured: the target's loss at w + D(0) and at w + D(G), two forward passes. The sum agrees when

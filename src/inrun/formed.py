@@ -153,17 +153,12 @@ def products(
     Args:
         parts: g, [examples, *shape] each. whole: G, or None, for which the other two results are zero.
     """
-    if not vectors:
-        nothing = torch.zeros(0, dtype=torch.float64, device=parts[0].device if parts else None)
-        return [nothing.expand(len(g), 0).T for g in parts], nothing, nothing
-    if not vectors[0].numel():
-        device, K = vectors[0].device, len(vectors)
-        nothing = torch.zeros(K, dtype=torch.float64, device=device)
-        return [nothing[:, None].expand(K, len(g)) for g in parts], nothing, nothing
-    flat, rows = [v.reshape(-1) for v in vectors], [g.reshape(len(g), -1) for g in parts]
-    device, dtype, K = flat[0].device, flat[0].dtype, len(flat)
+    K, device = len(vectors), (vectors or parts)[0].device
     found = [torch.zeros(K, len(g), dtype=torch.float64, device=device) for g in parts]
     inner, squares = torch.zeros(2, K, dtype=torch.float64, device=device)
+    if not vectors or not vectors[0].numel():
+        return found, inner, squares
+    flat, rows, dtype = [v.reshape(-1) for v in vectors], [g.reshape(len(g), -1) for g in parts], vectors[0].dtype
     size = min(len(flat[0]), max(_ENTRIES // K, 2**14) if device.type == "cpu" else _WHOLE)
     times = factor.reshape(-1) if isinstance(factor, Tensor) and factor.ndim else factor
     G, room = None if whole is None else whole.reshape(-1), torch.empty(K, size, dtype=dtype, device=device)

@@ -51,21 +51,23 @@ class Received:
                     self.raw[p] = torch.empty_like(p, memory_format=torch.contiguous_format)
                 self.squares[p] = square(p.grad.detach(), self.raw[p])
 
-    def overflowed(self) -> bool:
-        """Whether the gradients changed since the copy, which was not finite: nobody steps with such."""
-        changed = [raw for p, raw in self.raw.items() if not _same(p.grad, raw)]
-        return not all(bool(raw.isfinite().all()) for raw in changed)
+    def left_out(self) -> bool:
+        """Whether there was no step since the copy because a gradient was not finite, as a gradient scaler does it.
 
-    def check_untouched(self) -> None:
-        """Raise InrunError if a gradient changed since the copy: accumulation must go on from where it was."""
-        changed = [name for p, name in self._names.items() if not _same(p.grad, self.raw.get(p))]
+        Raises InrunError if gradients changed otherwise: accumulation must go on from where it was.
+        """
+        changed = {name: self.raw.get(p) for p, name in self._names.items() if not _same(p.grad, self.raw.get(p))}
+        if any(raw is not None and not bool(raw.isfinite().all()) for raw in changed.values()):
+            return True
         if changed:
+            some = ", ".join(list(changed)[:4]) + (", ..." if len(changed) > 4 else "")
             raise InrunError(
                 "a `batch` had no optimizer.step(), and the gradients changed before the next one "
-                f"({', '.join(changed[:4])}{', ...' if len(changed) > 4 else ''}). If they were dropped on purpose "
+                f"({some}). If they were dropped on purpose "
                 "(zero_grad without a step, or a step that a gradient scaler left out), call attributor.discard(); a "
                 "backward pass outside of a `batch` block belongs inside of one."
             )
+        return False
 
     def receive(self, moves: Mapping[nn.Parameter, Moved]) -> dict[nn.Parameter, Tensor]:
         """The squared norms of the gradients that the optimizers receive, by parameter."""

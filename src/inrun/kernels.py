@@ -140,14 +140,20 @@ class Kernels:
 
     def cost(self, how: How, shape: Shape, target_rows: Sequence[int] = ()) -> float:
         """Work beyond plain training, in floating point operations."""
-        of_a_byte, K = _INTENSITY.get(self._device, _INTENSITY["cuda"])[shape.size], self._targets
-        products = 2.0 * shape.N * shape.R * shape.I * shape.O
-        if how == "tangent":
-            return K * (products + 3 * shape.N * shape.R * shape.O * shape.size * of_a_byte)
-        if how == "ghost":
-            inner = shape.N * shape.R * sum(target_rows)
-            return inner * (2.0 * (shape.I + shape.O) + 3 * shape.size * of_a_byte)
-        return (products if how == "late" else 0) + (2 + K) * shape.formed * of_a_byte
+        of_a_byte = _INTENSITY.get(self._device, _INTENSITY["cuda"])[shape.size]
+        operations, traffic = work(how, shape, self._targets, target_rows)
+        return operations + traffic * of_a_byte
+
+
+def work(how: How, shape: Shape, targets: int, target_rows: Sequence[int]) -> tuple[float, float]:
+    """What a kernel does beyond plain training: floating point operations, and bytes through memory."""
+    products = 2.0 * shape.N * shape.R * shape.I * shape.O
+    if how == "tangent":
+        return targets * products, targets * 3 * shape.N * shape.R * shape.O * shape.size
+    if how == "ghost":
+        inner = shape.N * shape.R * sum(target_rows)
+        return inner * 2.0 * (shape.I + shape.O), inner * 3 * shape.size
+    return products if how == "late" else 0.0, (2 + targets) * shape.formed
 
 
 def _linear(unit: Unit) -> bool:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from inrun.kernels import Chosen
+from inrun.kernels import Chosen, work
 from inrun.piece import Piece, Room
 from inrun.update import CoupledUpdate, Moved
 
@@ -83,26 +83,14 @@ def plan_of(
 
 
 def _row(call: Chosen, machine: "_Machine", targets: int, at_once: bool) -> Row:
-    shape, K, seconds, kept = call.shape, targets, 0.0, 0
-    name = _NAMES.get(call.how, call.how)
+    shape, name = call.shape, _NAMES.get(call.how, call.how)
     if shape is None:
         # a norm is run again once, what has no closed form for every target; a table's rows are picked
-        passes = 4 if call.how == "formed" else 4 * K
-        seconds = passes * call.size / machine.bytes
-        kept = 0 if call.how == "formed" else call.size
-    else:
-        products = 2.0 * shape.N * shape.R * shape.I * shape.O / machine.products(shape.size)
-        output = shape.N * shape.R * shape.O * shape.size
-        if call.how == "fused":
-            seconds, kept = (1 + K) * shape.formed / machine.bytes, 0 if at_once else shape.formed
-        elif call.how == "late":
-            seconds, kept = products + (1 + K) * shape.formed / machine.bytes, shape.pair
-        elif call.how == "ghost":
-            inner = shape.N * shape.R * sum(call.target_rows)
-            seconds = inner * 2.0 * (shape.I + shape.O) / machine.products(shape.size)
-            seconds += 3 * inner * shape.size / machine.bytes
-        else:
-            seconds, kept = K * (products + 4 * output / machine.bytes), shape.pair
+        passes, kept = (4, 0) if call.how == "formed" else (4 * targets, call.size)
+        return Row(call.unit.name, name, passes * call.size / machine.bytes, kept)
+    operations, traffic = work(call.how, shape, targets, call.target_rows)
+    seconds = operations / machine.products(shape.size) + traffic / machine.bytes
+    kept = {"fused": 0 if at_once else shape.formed, "ghost": 0}.get(call.how, shape.pair)
     return Row(call.unit.name, name, seconds, kept)
 
 

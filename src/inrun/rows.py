@@ -48,6 +48,11 @@ class Rows:
             return x.reshape(examples, -1)
         return x.reshape(x.shape[0] // examples, examples, -1).transpose(0, 1).reshape(examples, -1)
 
+    def by_features(self, x: Tensor, examples: int, features: int = 1) -> Tensor:
+        """The tensor as [examples, rows, features], whose last dimensions, so many of them, are the features'."""
+        shape = x.shape[x.ndim - features :]
+        return self.per_example(x, examples).view(examples, -1, *shape)
+
     def reordered(self, x: Tensor, order: Tensor, examples: int) -> Tensor:
         """The tensor as it would be for the examples `order` (a list of indices that may repeat)."""
         if self.dim is None:

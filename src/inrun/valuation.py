@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from inrun.books import Audit, Group, check_conservation, losses_without_data
 from inrun.captured import Captured
-from inrun.direction import First, Scheme, Watch
+from inrun.direction import Scheme, Watch
 from inrun.errors import InrunError, NonFiniteError
 from inrun.formed import Ahead
 from inrun.game import Game, play
@@ -61,14 +61,11 @@ class Account:
 
     def __init__(self, targets: Sequence[Target], scheme: Scheme, groups: Sequence[Group]) -> None:
         self._targets, self._scheme, self._groups = targets, scheme, groups
-        self._names = {p: name for group in groups for p, name in group.parameters.items()}
-        if isinstance(scheme, First):
-            scheme.trained = list(self._names)
         self._group_of = {p: k for k, group in enumerate(groups) for p in group.parameters}
 
-    def ahead(self, step: int, parameters: Sequence[nn.Parameter], watch: Watch) -> list[Ahead] | None:
+    def ahead(self, step: int, watch: Watch) -> list[Ahead] | None:
         """What every example's gradient of the step can be contracted with as soon as it is formed, by target."""
-        return self._scheme.ahead(self._targets, step, parameters, watch)
+        return self._scheme.ahead(self._targets, step, watch)
 
     def value(
         self,
@@ -169,12 +166,12 @@ class Account:
 
     def state_dict(self) -> dict[str, Any]:
         """The targets' gradients that later steps will use (`refresh`), if any."""
-        kept = self._scheme.state_dict(self._names)
+        kept = self._scheme.state_dict()
         return {"refresh": kept} if kept else {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """See `state_dict`."""
-        self._scheme.load_state_dict(state.get("refresh", {}), self._names)
+        self._scheme.load_state_dict(state.get("refresh", {}))
 
     def first_waiting(self, step: int) -> int:
         """The first step whose values are not final, of a run that has done `step` steps."""

@@ -11,7 +11,7 @@ from inrun import Attributor
 from inrun.kernels import Kernel
 from inrun.oracle import per_example_gradients
 from tests.models import CASES, Case
-from tests.reference import reference_direction
+from tests.reference import contracted, reference_direction
 
 MODELS = ["mlp", "gpt", "hugging-face-gpt2", "hugging-face-llama", "convolutional", "repeated"]
 
@@ -48,8 +48,7 @@ def test_values_are_those_of_the_cast_gradients(name: str, kernel: Kernel) -> No
                 case.loss(model, batch).backward()
             q = reference_direction(model, optimizer, case.at(target), "path", 1)
             optimizer.step()
-            wanted = sum((g[n] * q[p]).flatten(1).sum(1) for n, p in model.named_parameters() if p in q)
-            assert isinstance(wanted, Tensor)
+            wanted = contracted(model, g, q)
             assert attributor.last is not None
             assert relative(attributor.last.values["t"], wanted) < 0.03
 
@@ -68,8 +67,7 @@ def test_first_under_sgd(kernel: Kernel) -> None:
             case.loss(model, batch).backward()
         q = reference_direction(model, optimizer, case.at(target), "first", 1)
         optimizer.step()
-    wanted = sum((g[n] * q[p]).flatten(1).sum(1) for n, p in model.named_parameters() if p in q)
-    assert isinstance(wanted, Tensor)
+    wanted = contracted(model, g, q)
     assert attributor.last is not None
     assert relative(attributor.last.values["t"], wanted) < 0.03
 

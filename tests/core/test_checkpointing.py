@@ -13,7 +13,7 @@ from inrun import Attributor
 from inrun.kernels import Kernel
 from inrun.oracle import per_example_gradients
 from tests.models import CASES, GPT, VOCABULARY, Case, hugging_face_gpt2, token_losses, tokens
-from tests.reference import reference_direction
+from tests.reference import contracted, reference_direction
 
 pytestmark = [
     pytest.mark.usefixtures("float64"),
@@ -88,8 +88,7 @@ def test_values_are_the_oracles(name: str, reentrant: bool, kernel: Kernel) -> N
                     (case.loss(model, batch) / 2).backward()
             q = reference_direction(model, optimizer, case.at(target), "path", 1)
             optimizer.step()
-            wanted = sum((g[n] * q[p]).flatten(1).sum(1) for n, p in model.named_parameters() if p in q)
-            assert isinstance(wanted, Tensor)
+            wanted = contracted(model, g, q)
             assert attributor.last is not None
             error = (attributor.last.values["t"] - wanted).abs().max() / wanted.abs().max()
             assert float(error) < 1e-9
@@ -110,8 +109,7 @@ def test_first_under_sgd(reentrant: bool, kernel: Kernel) -> None:
             case.loss(model, batch).backward()
         q = reference_direction(model, optimizer, case.at(target), "first", 1)
         optimizer.step()
-    wanted = sum((g[n] * q[p]).flatten(1).sum(1) for n, p in model.named_parameters() if p in q)
-    assert isinstance(wanted, Tensor)
+    wanted = contracted(model, g, q)
     assert attributor.last is not None
     torch.testing.assert_close(attributor.last.values["t"], wanted, rtol=1e-9, atol=1e-12)
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch._dynamo.testing import CompileCounter
 from torch.optim import AdamW
 
@@ -13,7 +13,7 @@ from inrun import Attributor
 from inrun.kernels import Kernel
 from inrun.oracle import per_example_gradients
 from tests.models import CASES
-from tests.reference import reference_direction
+from tests.reference import contracted, reference_direction
 
 pytestmark = [
     pytest.mark.usefixtures("float64"),
@@ -61,8 +61,7 @@ def test_values_are_the_oracles(when: str, compiled: Callable[..., nn.Module], k
             q = reference_direction(plain, optimizer, CASE.at(target), "path", 1)
             optimizer.step()
             optimizer.zero_grad()
-            wanted = sum((g[n] * q[p]).flatten(1).sum(1) for n, p in plain.named_parameters() if p in q)
-            assert isinstance(wanted, Tensor)
+            wanted = contracted(plain, g, q)
             assert attributor.last is not None
             torch.testing.assert_close(attributor.last.values["t"], wanted, rtol=1e-9, atol=1e-12)
 

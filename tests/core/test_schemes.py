@@ -14,7 +14,7 @@ from inrun.direction import gauss_nodes
 from inrun.oracle import per_example_gradients
 from inrun.update import Moved, update_of
 from tests.models import CASES, GPT, Case
-from tests.reference import real_move
+from tests.reference import contracted, real_move
 
 
 def stepped(
@@ -182,8 +182,7 @@ def test_gauss_nodes_are_taken_where_they_lie(kind: Any) -> None:
             chord = torch.where(p.grad == 0, 0.0, (low[p] - high[p]) / p.grad)
             q[p] = q.get(p, torch.zeros_like(p)) + float(weight) * chord * gradient
     model.train()
-    wanted = sum((g[n] * q[p]).flatten(1).sum(1) for n, p in model.named_parameters() if p in q)
-    assert isinstance(wanted, Tensor)
+    wanted = contracted(model, g, q)
     assert relative(values_of(attributor), wanted) < 1e-9
 
 
@@ -312,8 +311,7 @@ def test_muon_for_the_matrices_and_adamw_for_the_rest(tmp_path: Path) -> None:
                     low, high = ends[p]
                     assert p.grad is not None
                     q[p] += torch.where(p.grad == 0, 0.0, (low - high) / p.grad) * gradient
-        wanted = sum((g[n] * q[p]).flatten(1).sum(1) for n, p in model.named_parameters() if p in q)
-        assert isinstance(wanted, Tensor)
+        wanted = contracted(model, g, q)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()

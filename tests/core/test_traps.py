@@ -15,7 +15,7 @@ from torch.optim import SGD, AdamW, Optimizer
 from inrun import Attributor, ConservationError, InrunError
 from inrun.oracle import per_example_gradients
 from tests.models import CASES, VOCABULARY, Case, class_losses, mlp, token_losses, tokens, vectors
-from tests.reference import reference_direction
+from tests.reference import contracted, reference_direction
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -35,7 +35,7 @@ def check(case: Case, batches: list[Any], kind: Any = None) -> None:
             q = reference_direction(model, optimizer, case.at(target), "first", 1)
             optimizer.step()
             optimizer.zero_grad()
-            wanted = sum((g[name] * q[p]).flatten(1).sum(1) for name, p in model.named_parameters() if p in q)
+            wanted = contracted(model, g, q)
             assert attributor.last is not None
             torch.testing.assert_close(attributor.last.values["t"], wanted, rtol=1e-8, atol=1e-13)
 

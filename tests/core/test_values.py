@@ -12,7 +12,7 @@ from inrun import Attributor
 from inrun.kernels import Kernel
 from inrun.oracle import per_example_gradients
 from tests.models import CASES, Case, tokens
-from tests.reference import reference_direction
+from tests.reference import contracted, reference_direction
 
 OPTIMIZERS: dict[str, Callable[[Iterable[nn.Parameter]], Optimizer]] = {
     "sgd": lambda p: SGD(p, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.01),
@@ -140,7 +140,7 @@ def test_frozen_parts_and_parameter_groups(frozen: str) -> None:
             schedule.step()
             optimizer.zero_grad()
             assert attributor.last is not None
-            wanted = sum((g[n] * q[p]).flatten(1).sum(1) for n, p in model.named_parameters() if p in q)
+            wanted = contracted(model, g, q)
             torch.testing.assert_close(attributor.last.values["t"], wanted, rtol=1e-9, atol=1e-13)
 
 
@@ -160,8 +160,7 @@ def test_float32_values_are_close_to_the_oracles(name: str) -> None:
                 case.loss(model, batch).backward()
             q = reference_direction(model, optimizer, case.at(target), "path", 1)
             optimizer.step()
-            wanted = sum((g[n] * q[p]).flatten(1).sum(1) for n, p in model.named_parameters() if p in q)
-            assert isinstance(wanted, Tensor)
+            wanted = contracted(model, g, q)
             assert attributor.last is not None
             # the reference's own quotient of float32 moves cancels where the gradient is small, hence no tighter
             assert float((attributor.last.values["t"] - wanted).abs().max() / wanted.abs().max()) < 2e-3

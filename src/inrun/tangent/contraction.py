@@ -137,12 +137,12 @@ def _contract_call(
 
 
 def _contract_tangent(call: Call, direction: Mapping[str, Tensor], examples: int) -> tuple[Tensor, Tensor]:
-    device, scale = next(iter(direction.values())).device, 1.0
+    scale = 1.0
     if call.autocast == torch.float16:  # which has no numbers as small as q is
         largest = max(float(q.abs().max()) if q.numel() else 0.0 for q in direction.values())
         scale = 2.0 ** -math.frexp(largest)[1] if largest else 1.0
         direction = {name: q * scale for name, q in direction.items()}
-    args, kwargs = call.inputs(device)
+    args, kwargs = call.inputs()
     with call.again():
         leaves, _ = tree_flatten(tangent(call.unit.module, direction, args, kwargs, call.random_state))
     anew = has_closed_form(call.unit.module)  # it makes its output so
@@ -150,7 +150,7 @@ def _contract_tangent(call: Call, direction: Mapping[str, Tensor], examples: int
     for towards, rows, gradient, norm in zip(leaves, call.rows, call.gradients, call.gradient_norms, strict=True):
         if gradient is not None and rows is not None:
             # a tangent without the example dimension is the same for all examples: it broadcasts as the output did
-            gradient = gradient.to(device)
+            gradient = gradient.to(call.device)
             magnitude = magnitude + norm * towards.expand_as(gradient).norm()
             if anew and towards.shape == gradient.shape and towards.dtype == gradient.dtype:
                 product = towards.mul_(gradient)  # new memory of this size costs more than the product

@@ -8,6 +8,7 @@ module's own: its output is taken as it is.
 Shapes: N examples, R rows of each, I and O features in and out.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any, Protocol
@@ -17,9 +18,9 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from inrun.captured import Call
-from inrun.probe import tensors
 from inrun.rows import Rows
 from inrun.tangent.convolution import per_example_convolution
+from inrun.tangent.per_example import rows_in_and_out
 
 
 class Sink(Protocol):
@@ -39,13 +40,13 @@ class Sink(Protocol):
 _ROOM = 2**25  # bytes formed at once where they are contracted at once
 
 # linear layers by the full name of their type: whether the weight lies [in, out]
-_LINEAR = {"torch.nn.modules.linear.Linear": False, "transformers.pytorch_utils.Conv1D": True}
+_LINEAR_TYPES = {"torch.nn.modules.linear.Linear": False, "transformers.pytorch_utils.Conv1D": True}
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def is_linear(module: nn.Module) -> bool:
     """Whether the layer is a linear one of a type that this file knows, with parameters that are plain tensors."""
-    return _name(module) in _LINEAR and _plain(module)
+    return _name(module) in _LINEAR_TYPES and _plain(module)
 
 
 def is_convolution(module: nn.Module) -> bool:
@@ -54,7 +55,7 @@ def is_convolution(module: nn.Module) -> bool:
 
 def turned(module: nn.Module) -> bool:
     """Whether a linear layer's weight lies [in, out]."""
-    return _LINEAR[_name(module)]
+    return _LINEAR_TYPES[_name(module)]
 
 
 def _name(module: nn.Module) -> str:
@@ -71,62 +72,120 @@ def fused(module: nn.Module, x: Tensor, y: Tensor, rows: Rows, examples: int, si
 
     Without a sink (a forward run again inside the backward pass) nothing is formed twice.
     """
-    into = _Into(sink, module, rows, examples)
-    kind = _FusedConvolution if is_convolution(module) else _Fused
-    into = _Into(sink, module, rows, examples)
-    output: Tensor = kind.apply(y.detach(), x.to(y.dtype), module.weight, module.bias, into)  # type: ignore[no-untyped-call]
+    layer = (_Convolution if is_convolution(module) else _Linear)(module, rows, examples, sink)
+    output: Tensor = _Fused.apply(y.detach(), x.to(y.dtype), module.weight, module.bias, layer)  # type: ignore[no-untyped-call]
     return output
 
 
-class _Into:
-    """What the backward pass needs beside its tensors."""
+class _Layer(ABC):
+    """What the backward pass of one call computes, from its input x and its output's gradient b."""
 
-    def __init__(self, sink: Sink | None, module: nn.Module, rows: Rows, examples: int) -> None:
-        self.sink, self.module, self.rows, self.examples = sink, module, rows, examples
+    def __init__(self, module: nn.Module, rows: Rows, examples: int, sink: Sink | None) -> None:
+        self.module, self.rows, self.examples, self.sink = module, rows, examples, sink
 
-    def weight(self, a_NRI: Tensor, b_NRO: Tensor) -> Tensor:
+    @abstractmethod
+    def to_input(self, x: Tensor, b: Tensor, weight: Tensor) -> Tensor:
+        """The gradient of the input."""
+
+    def sides(self, x: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        """x and b as `of_weight` takes them."""
+        return x, b
+
+    @abstractmethod
+    def of_weight(self, x: Tensor, b: Tensor, rows: slice, room: Tensor) -> Tensor:
+        """Every example's gradient of these rows of the weight, written to `room`."""
+
+    @abstractmethod
+    def of_bias(self, b: Tensor, dtype: torch.dtype) -> Tensor:
+        """Every example's gradient of the bias, added up in this precision."""
+
+    @property
+    def divides(self) -> bool:
+        """Whether some rows of the weight can be had without the others."""
+        return True
+
+    def to_weight(self, x: Tensor, b: Tensor) -> Tensor:
         """The weight's gradient, the sum over the examples; their own go to the sink."""
         weight, sink = self.module.weight, self.sink
         assert isinstance(weight, nn.Parameter)
         assert sink is not None
-        left, right = (a_NRI, b_NRO) if turned(self.module) else (b_NRO, a_NRI)
-        whole = torch.empty_like(weight.detach())
-        for rows in [slice(0, len(weight))] if sink.keeps else _parts(weight, self.examples):
-            room = sink.room(weight, rows, b_NRO.dtype)
-            g = torch.bmm(left[:, :, rows].transpose(1, 2), right, out=room)
-            torch.sum(g, dim=0, dtype=whole.dtype, out=whole[rows])
+        total = torch.empty_like(weight.detach(), memory_format=torch.contiguous_format)
+        x, b = self.sides(x, b)
+        whole = sink.keeps or not self.divides
+        for rows in [slice(0, len(weight))] if whole else _parts(weight, self.examples):
+            g = self.of_weight(x, b, rows, sink.room(weight, rows, b.dtype))
+            torch.sum(g, dim=0, dtype=total.dtype, out=total[rows])
             sink.take(weight, rows, g)
-        return whole
+        return total
 
-    def bias(self, g_NO: Tensor) -> Tensor:
-        """The bias's gradient, of every example's."""
+    def to_bias(self, b: Tensor) -> Tensor:
+        """The bias's gradient; every example's own goes to the sink."""
         bias, sink = self.module.bias, self.sink
         assert isinstance(bias, nn.Parameter)
         assert sink is not None
-        sink.take(bias, slice(None), g_NO.to(bias.dtype))
-        return g_NO.to(bias.dtype).sum(dim=0)
+        g = self.of_bias(b, torch.float32 if b.element_size() < 4 else b.dtype).to(bias.dtype)
+        sink.take(bias, slice(None), g)
+        return g.sum(dim=0)
 
 
-def _wide(b: Tensor) -> torch.dtype:
-    """The precision to add up in."""
-    return torch.float32 if b.element_size() < 4 else b.dtype
+class _Linear(_Layer):
+    def to_input(self, x: Tensor, b: Tensor, weight: Tensor) -> Tensor:
+        return b @ (weight.t() if turned(self.module) else weight)
+
+    def sides(self, x: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        return self.rows.by_features(x, self.examples), self.rows.by_features(b, self.examples)
+
+    def of_weight(self, x: Tensor, b: Tensor, rows: slice, room: Tensor) -> Tensor:
+        return _products(self.module, x, b, rows, room)
+
+    def of_bias(self, b: Tensor, dtype: torch.dtype) -> Tensor:
+        return self.rows.by_features(b, self.examples).sum(dim=1, dtype=dtype)
+
+
+class _Convolution(_Layer):
+    @property
+    def divides(self) -> bool:
+        return bool(self.module.groups == 1)  # rows are channels of the output, which belong together in groups
+
+    def to_input(self, x: Tensor, b: Tensor, weight: Tensor) -> Tensor:
+        module = self.module
+        assert isinstance(module, _CONVOLUTIONS)
+        if module.padding_mode != "zeros" or isinstance(module.padding, str):
+            with torch.enable_grad():
+                a = x.detach().requires_grad_()
+                y = module._conv_forward(a, weight, None)
+            (found,) = torch.autograd.grad(y, a, b)
+            return found
+        found, _, _ = torch.ops.aten.convolution_backward(
+            b, x, weight, None, module.stride, module.padding, module.dilation, False, [0] * len(module.stride),
+            module.groups, [True, False, False],
+        )  # fmt: skip
+        return torch.as_tensor(found)
+
+    def of_weight(self, x: Tensor, b: Tensor, rows: slice, room: Tensor) -> Tensor:
+        module = self.module
+        assert isinstance(module, _CONVOLUTIONS)
+        return per_example_convolution(module, x, b[:, rows], ("weight",), len(b) // self.examples, room)["weight"]
+
+    def of_bias(self, b: Tensor, dtype: torch.dtype) -> Tensor:
+        return b.reshape(self.examples, -1, b.shape[1], b[0, 0].numel()).sum(dim=(1, 3), dtype=dtype)
 
 
 def formed_late(call: Call, examples: int) -> Iterator[tuple[nn.Parameter, slice, Tensor]]:
-    """Every example's gradients of a call that was kept, in parts: [examples, *shape] of these rows."""
-    (gradient,), (rows,), parameters = call.gradients, call.rows, call.unit.parameters
-    assert gradient is not None
-    assert rows is not None
+    """Every example's gradients of a linear layer's call that was kept, in parts: [examples, *shape] of these rows."""
+    a_NRI, b_NRO = rows_in_and_out(call, examples)
+    parameters = call.unit.parameters
     weight = parameters["weight"]
-    (x,) = tensors(call.inputs(weight.device))
-    b, x = gradient.to(weight.device), x.to(gradient.dtype)
-    b_NRO = rows.per_example(b, examples).view(examples, -1, b.shape[-1])
-    a_NRI = rows.per_example(x, examples).view(examples, -1, x.shape[-1])
-    left, right = (a_NRI, b_NRO) if turned(call.unit.module) else (b_NRO, a_NRI)
     for part in _parts(weight, examples):
-        yield weight, part, torch.bmm(left[:, :, part].transpose(1, 2), right)
+        yield weight, part, _products(call.unit.module, a_NRI.to(b_NRO.dtype), b_NRO, part)
     if "bias" in parameters:
         yield parameters["bias"], slice(None), b_NRO.sum(dim=1, dtype=parameters["bias"].dtype)
+
+
+def _products(module: nn.Module, a_NRI: Tensor, b_NRO: Tensor, rows: slice, room: Tensor | None = None) -> Tensor:
+    """Every example's gradient of these rows of a linear layer's weight."""
+    left, right = (a_NRI, b_NRO) if turned(module) else (b_NRO, a_NRI)
+    return torch.bmm(left[:, :, rows].transpose(1, 2), right, out=room)
 
 
 def _parts(p: Tensor, examples: int) -> list[slice]:
@@ -138,78 +197,19 @@ def _parts(p: Tensor, examples: int) -> list[slice]:
 
 class _Fused(Function):
     @staticmethod
-    def forward(ctx: Any, y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, into: _Into) -> Tensor:
-        ctx.into = into
+    def forward(ctx: Any, y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, layer: _Layer) -> Tensor:
+        ctx.layer = layer
         ctx.save_for_backward(x, weight)
         return y.detach()  # as neither a view nor the same, what follows may work in place on it
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, b: Tensor) -> tuple[Tensor | None, ...]:
-        into: _Into = ctx.into
+        layer: _Layer = ctx.layer
         x, weight = ctx.saved_tensors
         _, needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
-        to_x = to_weight = to_bias = None
         with torch.autocast(b.device.type, enabled=False):
-            if needs_x:
-                to_x = b @ (weight.t() if turned(into.module) else weight).to(b.dtype)
-            b_NRO = into.rows.per_example(b, into.examples).view(into.examples, -1, b.shape[-1])
-            if needs_weight:
-                a_NRI = into.rows.per_example(x, into.examples).view(into.examples, -1, x.shape[-1])
-                to_weight = into.weight(a_NRI, b_NRO)
-            if needs_bias:
-                to_bias = into.bias(b_NRO.sum(dim=1, dtype=_wide(b)))
+            to_x = layer.to_input(x, b, weight.to(b.dtype)) if needs_x else None
+            to_weight = layer.to_weight(x, b) if needs_weight else None
+            to_bias = layer.to_bias(b) if needs_bias else None
         return None, to_x, to_weight, to_bias, None
-
-
-class _FusedConvolution(Function):
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, into: _Into) -> Tensor:
-        ctx.into = into
-        ctx.save_for_backward(x, weight)
-        return y.detach()
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, b: Tensor) -> tuple[Tensor | None, ...]:
-        into: _Into = ctx.into
-        module, sink, examples = into.module, into.sink, into.examples
-        x, weight = ctx.saved_tensors
-        _, needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
-        to_x = to_weight = to_bias = None
-        assert isinstance(module, _CONVOLUTIONS)
-        with torch.autocast(b.device.type, enabled=False):
-            if needs_x:
-                to_x = _to_input(module, x, b, weight.to(b.dtype))
-            if needs_weight:
-                assert sink is not None
-                parameter, entries = module.weight, len(b) // examples
-                assert isinstance(parameter, nn.Parameter)
-                to_weight = torch.empty_like(weight, memory_format=torch.contiguous_format)
-                # rows of the weight are channels of the output, which belong together in groups
-                for rows in (
-                    _parts(weight, examples) if module.groups == 1 and not sink.keeps else [slice(0, len(weight))]
-                ):
-                    room = sink.room(parameter, rows, b.dtype)
-                    g = per_example_convolution(module, x, b[:, rows], ("weight",), entries, room)["weight"]
-                    torch.sum(g, dim=0, dtype=weight.dtype, out=to_weight[rows])
-                    sink.take(parameter, rows, g)
-            if needs_bias:
-                b_NRO = b.reshape(examples, -1, b.shape[1], b[0, 0].numel())
-                to_bias = into.bias(b_NRO.sum(dim=(1, 3), dtype=_wide(b)))
-        return None, to_x, to_weight, to_bias, None
-
-
-def _to_input(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, x: Tensor, b: Tensor, weight: Tensor) -> Tensor:
-    """The gradient of a convolution's input."""
-    if module.padding_mode != "zeros" or isinstance(module.padding, str):
-        with torch.enable_grad():
-            a = x.detach().requires_grad_()
-            y = module._conv_forward(a, weight, None)
-        (found,) = torch.autograd.grad(y, a, b)
-        return found
-    found, _, _ = torch.ops.aten.convolution_backward(
-        b, x, weight, None, module.stride, module.padding, module.dilation, False, [0] * len(module.stride),
-        module.groups, [True, False, False],
-    )  # fmt: skip
-    return torch.as_tensor(found)

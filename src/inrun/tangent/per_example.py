@@ -92,13 +92,13 @@ def pulled_back(call: Call, examples: int) -> dict[str, Tensor]:
     found = {name: p.new_zeros(examples, *p.shape) for name, p in own.items()}
     replayed = call.random_state.replayed() if call.random_state is not None else nullcontext()
     with torch.enable_grad(), replayed:
-        leaves, _ = tree_flatten(run_again(call.unit.module, own, call.args, call.kwargs))
+        leaves, _ = tree_flatten(run_again(call.unit.module, own, *call.inputs()))
         outputs, parts = [], []
         for leaf, rows, gradient in zip(leaves, call.rows, call.gradients, strict=True):
             if gradient is not None and rows is not None and leaf.requires_grad:
                 # a batchless output was expanded, and its gradient arrived per example
                 outputs.append(leaf.expand_as(gradient))
-                parts.append(_Parts(gradient, rows, examples))
+                parts.append(_Parts(gradient.to(call.device), rows, examples))
     for i in range(examples if outputs else 0):
         masked = [part.of(i) for part in parts]
         got = torch.autograd.grad(outputs, list(own.values()), masked, retain_graph=True, allow_unused=True)
@@ -124,7 +124,7 @@ class _Parts:
 
 @rules.register(nn.Linear)
 def _linear(call: Call, examples: int) -> dict[str, Tensor]:
-    a_NRI, b_NRO = _rows_in_and_out(call, examples)
+    a_NRI, b_NRO = rows_in_and_out(call, examples)
     found = {}
     if "weight" in call.unit.parameters:
         found["weight"] = torch.einsum("nro,nri->noi", b_NRO, a_NRI)
@@ -147,7 +147,7 @@ def _embedding(call: Call, examples: int) -> dict[str, Tensor]:
     if module.scale_grad_by_freq:
         return pulled_back(call, examples)
     gradient, rows = _output(call)
-    b_NRD = _by_rows(gradient, rows, examples, gradient.shape[-1])
+    b_NRD = rows.by_features(gradient, examples)
     ids_NR = rows.per_example(_input(call).expand(gradient.shape[:-1]), examples)
     V, D = module.weight.shape
     own_NR = ids_NR + V * torch.arange(examples, device=ids_NR.device)[:, None]  # a table for every example
@@ -163,7 +163,8 @@ def _convolution(call: Call, examples: int) -> dict[str, Tensor]:
     module = call.unit.module
     assert isinstance(module, _ConvNd)
     gradient, rows = _output(call)
-    a = call.args[0] if call.args else call.kwargs["input"]  # output_size= may stand beside it
+    args, kwargs = call.inputs()
+    a = args[0] if args else kwargs["input"]  # output_size= may stand beside it
     a = a.expand(len(gradient), *a.shape[1:])
     a, b = (rows.per_example(x, examples).reshape(x.shape) for x in (a, gradient))
     return per_example_convolution(module, a, b, call.unit.parameters, len(b) // examples)
@@ -180,7 +181,7 @@ def _norm(call: Call, examples: int) -> dict[str, Tensor]:
             with_x = b
             if name == "weight":
                 with_x = _normalised(call.unit.module, x, p) * b
-            found[name].append(_by_rows(with_x, rows, some, *p.shape).sum(dim=1))
+            found[name].append(rows.by_features(with_x, some, p.ndim).sum(dim=1))
     return {name: torch.cat(parts) for name, parts in found.items()}
 
 
@@ -227,24 +228,20 @@ def _output(call: Call) -> tuple[Tensor, Rows]:
     (gradient,), (rows,) = call.gradients, call.rows
     assert gradient is not None
     assert rows is not None
-    return gradient, rows
+    return gradient.to(call.device), rows
 
 
 def _input(call: Call) -> Tensor:
     """The one input of a unit."""
-    (x,) = (*call.args, *call.kwargs.values())
+    args, kwargs = call.inputs()
+    (x,) = (*args, *kwargs.values())
     assert isinstance(x, Tensor)
     return x
 
 
-def _by_rows(x: Tensor, rows: Rows, examples: int, *shape: int) -> Tensor:
-    """[examples, rows, *shape], where `shape` are the last dimensions of x."""
-    return rows.per_example(x, examples).reshape(examples, -1, *shape)
-
-
-def _rows_in_and_out(call: Call, examples: int) -> tuple[Tensor, Tensor]:
+def rows_in_and_out(call: Call, examples: int) -> tuple[Tensor, Tensor]:
     """The inputs a_NRI and the output gradients b_NRO: a linear layer's rows stand in its input as in its output."""
     gradient, rows = _output(call)
     a = _input(call)
     a = a.expand(*gradient.shape[:-1], a.shape[-1])
-    return _by_rows(a, rows, examples, a.shape[-1]), _by_rows(gradient, rows, examples, gradient.shape[-1])
+    return rows.by_features(a, examples), rows.by_features(gradient, examples)
