@@ -15,8 +15,8 @@ from inrun.errors import InrunError
 from inrun.probe import Unit
 from inrun.tangent.ghost import Pair
 
-_ENTRIES = 2**16  # of the vectors are looked at together: they fit a processor's cache
-_WHOLE = 2**24  # of each, elsewhere
+_ENTRIES = 2**17  # of each vector are looked at together: they fit a processor's cache
+_WHOLE = 2**24  # elsewhere
 
 
 @dataclass
@@ -159,21 +159,24 @@ def products(
     if not vectors or not vectors[0].numel():
         return found, inner, squares
     flat, rows, dtype = [v.reshape(-1) for v in vectors], [g.reshape(len(g), -1) for g in parts], vectors[0].dtype
-    size = min(len(flat[0]), max(_ENTRIES // K, 2**14) if device.type == "cpu" else _WHOLE)
-    times = factor.reshape(-1) if isinstance(factor, Tensor) and factor.ndim else factor
-    G, room = None if whole is None else whole.reshape(-1), torch.empty(K, size, dtype=dtype, device=device)
+    G = None if whole is None else whole.reshape(-1)
+    times = factor.reshape(-1) if isinstance(factor, Tensor) and factor.ndim else None
+    size = min(len(flat[0]), _ENTRIES if device.type == "cpu" else _WHOLE)
+    as_is = K == 1 and times is None
+    room = None if as_is else torch.empty(K, size, dtype=dtype, device=device)
     for begin in range(0, len(flat[0]), size):
         some = slice(begin, min(begin + size, len(flat[0])))
-        q = room[:, : some.stop - begin]
-        for v, into in zip(flat, q, strict=True):
-            into.copy_(v[some])
-        if times is not None:
-            q.mul_(times[some] if isinstance(times, Tensor) and times.ndim else times)
+        q = flat[0][some][None] if room is None else room[:, : some.stop - begin]
+        if room is not None:
+            for v, into in zip(flat, q, strict=True):
+                torch.mul(v[some], times[some], out=into) if times is not None else into.copy_(v[some])
         for g, into in zip(rows, found, strict=True):
             # under autocast g is in lower precision: a product in it would lose digits
             block = g[:, some].to(device, dtype)
             into += (block @ q[0])[None] if K == 1 else q @ block.T
         if G is not None:
             inner += q @ G[some]
-            squares += torch.linalg.vector_norm(q, dim=1).double().square()
+            squares += torch.dot(q[0], q[0]) if K == 1 else torch.linalg.vector_norm(q, dim=1).double().square()
+    if factor is not None and times is None:
+        found, inner, squares = [x * factor for x in found], inner * factor, squares * factor**2
     return found, inner, squares

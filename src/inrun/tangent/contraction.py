@@ -22,6 +22,10 @@ from inrun.tangent.fused import formed_late
 from inrun.tangent.rules import has_closed_form, tangent
 
 
+_Targets = slice | Sequence[int]  # a slice, if it is all of them, costs less
+_ALL = slice(None)
+
+
 @dataclass
 class Contracted:
     """phi_i by target, float64 [targets, examples], in nats. For the books, by target and group of units, [targets,
@@ -43,7 +47,7 @@ class Contracted:
 
         return cls(zeros(examples), zeros(groups), zeros(groups), zeros(groups), zeros(groups))
 
-    def add(self, shares: Tensor, size: Tensor, group: int, examples: slice, targets: Sequence[int]) -> None:
+    def add(self, shares: Tensor, size: Tensor, group: int, examples: slice, targets: _Targets) -> None:
         """The shares of some examples, [targets, examples], that came through a group."""
         self.values[targets, examples] += shares
         self.seen[targets, group] += shares.sum(dim=-1)
@@ -72,15 +76,16 @@ def contract(
     found = Contracted.nothing(len(directions), ends[-1], groups, device)
     places = [slice(begin, end) for begin, end in pairwise(ends)]
     for p, group in group_of.items():
-        towards = [k for k, direction in enumerate(directions) if p in direction.vectors]
-        if towards:
-            factor = _times(directions[towards[0]].factors.get(p), None if scales is None else scales[p])
+        depending = [k for k, direction in enumerate(directions) if p in direction.vectors]
+        if depending:
+            towards = depending if len(depending) < len(directions) else _ALL
+            factor = _times(directions[depending[0]].factors.get(p), None if scales is None else scales[p])
             kept = [
                 (batch.formed.kept[p], place)
                 for batch, place in zip(batches, places, strict=True)
                 if p in batch.formed.kept
             ]
-            vectors = [directions[k].vectors[p] for k in towards]
+            vectors = [directions[k].vectors[p] for k in depending]
             parts, inner, squares = products([g for g, _ in kept], received.raw.get(p), vectors, factor)
             for part, (_, place) in zip(parts, kept, strict=True):
                 found.add(part, part.abs().sum(dim=1), group, place, towards)
@@ -91,7 +96,7 @@ def contract(
         found.coarse |= {group_of[p] for p in batch.formed.coarse}
         for p, with_vectors in batch.formed.paid.items():
             part = with_vectors * paid[p]
-            found.add(part, part.abs().sum(dim=1), group_of[p], place, range(len(directions)))
+            found.add(part, part.abs().sum(dim=1), group_of[p], place, _ALL)
         for call in batch.calls:
             _contract_call(call, batch.examples, directions, scales, group_of, found, place)
     return found
@@ -127,7 +132,7 @@ def _contract_call(
         names = {p: name for name, p in parameters.items()}
         for p, rows, g in formed_late(call, examples):
             part = shares(g, [of[names[p]][rows] if names[p] in of else torch.zeros_like(p[rows]) for of in q])
-            found.add(part, part.abs().sum(dim=1), group, place, everyone)
+            found.add(part, part.abs().sum(dim=1), group, place, _ALL)
         return
     for k in everyone:
         direction = towards(k)
