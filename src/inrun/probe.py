@@ -1,7 +1,7 @@
 """Runs the model to find out whose rows are whose (inrun.rows), and leaves it as it was."""
 
 import math
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import combinations
@@ -117,25 +117,16 @@ class Probe:
         Raises InrunError where they cannot be told, or where a batchless output cannot be given an example dimension.
         """
         carrying, order = inputs.carrying(examples), shuffled(examples)
-        plain = self._run(inputs, carrying, torch.arange(examples))
-        again = self._run(inputs, carrying, order)
-        counted = plain.operations.counted or again.operations.counted
-        merges = inputs.merges(carrying) if counted else None
-        rows: dict[tuple[Unit, int], tuple[Rows | None, ...]] = {}
-        for (unit, index), leaves in plain.seen.items():
-            others = again.seen.get((unit, index), [])
-            if len(others) != len(leaves):
-                raise InrunError(
-                    f"{unit.name}: the model calls it another number of times for {examples} and for {examples + 1} "
-                    "examples, which cannot be attributed."
-                )
-            rows[unit, index] = tuple(
-                find_rows(x, y, order, examples, unit.name, merges)
-                if isinstance(x, Tensor) and isinstance(y, Tensor)
-                else None
-                for x, y in zip(leaves, others, strict=True)
-            )
-        return self._expandable(inputs, order, Found(rows, tuple(carrying), counted))
+        counted = False
+        while True:
+            plain = self._run(inputs, carrying, torch.arange(examples))
+            counted |= plain.operations.counted
+            comparison = _Comparison(plain.seen, order, examples, inputs.merges(carrying) if counted else None)
+            again = self._run(inputs, carrying, order, comparison=comparison)
+            if counted or not again.operations.counted:
+                break
+            counted = True
+        return self._expandable(inputs, order, Found(comparison.finished(), tuple(carrying), counted))
 
     def _expandable(self, inputs: Inputs, order: Tensor, found: Found) -> Found:
         """The rows with which batchless outputs can be expanded and the model still computes the same.
@@ -163,10 +154,17 @@ class Probe:
         )
 
     def _run(
-        self, inputs: Inputs, carrying: list[int], order: Tensor, train: bool = False, expand: Found | None = None
+        self,
+        inputs: Inputs,
+        carrying: list[int],
+        order: Tensor,
+        *,
+        train: bool = False,
+        expand: Found | None = None,
+        comparison: "_Comparison | None" = None,
     ) -> "_Recording":
         """One forward on the examples `order`, without gradients; in eval mode unless `train`."""
-        recording = _Recording(len(order), expand)
+        recording = _Recording(len(order), expand, comparison)
         try:
             args, kwargs = inputs.reordered(carrying, order)
             with (self._as_it_is if train else self._evaluation)(), torch.no_grad():
@@ -188,13 +186,26 @@ class Probe:
         return recording
 
 
+class _Seen:
+    """What a unit put out."""
+
+    def __init__(self, leaves: list[Any]) -> None:
+        self.leaves = leaves
+        self._versions = [x._version for x in tensors(leaves)]
+
+    def unchanged(self) -> bool:
+        """Whether nobody has written to it since."""
+        return [x._version for x in tensors(self.leaves)] == self._versions
+
+
 @dataclass(eq=False)
 class _Recording:
-    """The outputs of every unit in one forward."""
+    """The outputs of every unit in one forward; or, with another to compare them with, what that tells."""
 
     examples: int
     expand: Found | None
-    seen: dict[tuple[Unit, int], list[Any]] = field(default_factory=dict)
+    comparison: "_Comparison | None"
+    seen: dict[tuple[Unit, int], _Seen] = field(default_factory=dict)
     operations: "_Operations" = field(default_factory=lambda: _Operations())
     output: Any = None
     random_state: Tensor | None = None
@@ -202,7 +213,12 @@ class _Recording:
     def see(self, unit: Unit, output: Any) -> Any:
         index = sum(1 for other, _ in self.seen if other is unit)
         leaves, spec = tree_flatten(output)
-        self.seen[unit, index] = [x.detach() if isinstance(x, Tensor) else x for x in leaves]
+        if self.comparison is None:
+            self.seen[unit, index] = _Seen([x.detach() if isinstance(x, Tensor) else x for x in leaves])
+        else:
+            self.seen[unit, index] = _Seen([])
+            with self.operations.paused():
+                self.comparison.see(unit, index, [x.detach() if isinstance(x, Tensor) else x for x in leaves])
         if self.expand is None:
             return None
         rows = self.expand.rows.get((unit, index), ())
@@ -226,6 +242,55 @@ class _Recording:
         )
 
 
+class _Comparison:
+    """The rows of every unit's outputs, found while the model is run on the examples `order`.
+
+    What it is compared with is dropped on the way, so that one forward's outputs are held and not two.
+    """
+
+    def __init__(
+        self,
+        plain: dict[tuple[Unit, int], _Seen],
+        order: Tensor,
+        examples: int,
+        merges: Collection[int] | None,
+    ) -> None:
+        self._plain, self._order, self._examples, self._merges = plain, order, examples, merges
+        self._rows: dict[tuple[Unit, int], tuple[Rows | None, ...]] = {}
+        self._later: list[tuple[Unit, int, _Seen, list[Any]]] = []  # what the model worked on in place
+
+    def see(self, unit: Unit, index: int, again: list[Any]) -> None:
+        """A unit's output of the second forward. Raises InrunError where its rows cannot be told."""
+        plain = self._plain.pop((unit, index), _Seen([]))
+        self._compare(unit, index, plain, again) if plain.unchanged() else self._later.append(
+            (unit, index, plain, again)
+        )
+
+    def _compare(self, unit: Unit, index: int, plain: "_Seen", again: Sequence[Any]) -> None:
+        if len(plain.leaves) != len(again):
+            raise self._other_calls(unit)
+        self._rows[unit, index] = tuple(
+            find_rows(x, y, self._order, self._examples, unit.name, self._merges)
+            if isinstance(x, Tensor) and isinstance(y, Tensor)
+            else None
+            for x, y in zip(plain.leaves, again, strict=True)
+        )
+
+    def _other_calls(self, unit: Unit) -> InrunError:
+        return InrunError(
+            f"{unit.name}: the model calls it another number of times for {self._examples} and for "
+            f"{self._examples + 1} examples, which cannot be attributed."
+        )
+
+    def finished(self) -> dict[tuple[Unit, int], tuple[Rows | None, ...]]:
+        """The rows, by unit and call. Raises InrunError if the first forward had other calls."""
+        for unit, index, plain, again in self._later:
+            self._compare(unit, index, plain, again)
+        for unit, _ in self._plain:
+            raise self._other_calls(unit)
+        return self._rows
+
+
 class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """The name and the shape of every operation inside the block, and whether one of them chose entries by value."""
 
@@ -245,11 +310,12 @@ class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
+        if self._paused:
+            return output
         name = str(func)
         masked = "index" in name and any(x.dtype in (torch.bool, torch.uint8) for x in tensors(args))
         self.counted |= masked or any(word in name for word in ("nonzero", "masked_select", "unique", "pack_padded"))
-        if not self._paused:
-            self.seen.append((name, [x.shape for x in tensors(output)]))
+        self.seen.append((name, [x.shape for x in tensors(output)]))
         return output
 
 

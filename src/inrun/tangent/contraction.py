@@ -21,7 +21,6 @@ from inrun.gradient import Received
 from inrun.tangent.fused import formed_late
 from inrun.tangent.rules import has_closed_form, tangent
 
-
 _Targets = slice | Sequence[int]  # a slice, if it is all of them, costs less
 _ALL = slice(None)
 
