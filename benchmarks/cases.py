@@ -9,7 +9,7 @@ from benchmarks.variants import VARIANTS
 INRUN = ("first-sgd", "path", "second")
 KERNELS = tuple(name for name in VARIANTS if "/" in name)
 RIVALS = tuple(name for name, variant in VARIANTS.items() if variant.needs)
-SLOW_WAYS = ("naive", "forward-mode")
+SLOW_WAYS = ("naive-sgd", "forward-mode-sgd", "naive", "forward-mode")
 SCHEMES = ("first-sgd", "path-sgd", "first", "second", "path", "path-2", "path-adaptive", "path-ledger")
 
 
@@ -50,7 +50,7 @@ def standard() -> list[Case]:
     return [
         _case("gpt14m", every, 300, memory=(*INRUN, "path/tangent", "path/perexample", *SLOW_WAYS, *RIVALS)),
         _case("gpt14m", some, 90, targets=4, memory=("path",)),
-        _case("gpt14m", ("first-sgd", "path", "naive"), 100, targets=16, memory=("path",)),
+        _case("gpt14m", ("first-sgd", "path", "naive-sgd"), 100, targets=16, memory=("path",)),
         _case("gpt14m", (*INRUN, *SLOW_WAYS), 60, dtype="bf16", memory=("path",)),
         _case("gpt14m", some, 40, batch=4, memory=("path",)),
         _case("gpt14m", some, 75, batch=16, memory=("path",)),

@@ -213,6 +213,7 @@ def _attributed(
 
 RULES: dict[Rule, str] = {"adamw": "AdamW", "sgd": "SGD"}
 KERNELS = ("tangent", "perexample", "ghost")
+_SLOW: Sequence[tuple[str, str, Rule]] = (("-sgd", ", SGD", "sgd"), ("", "", "adamw"))
 RIVALS: Mapping[str, tuple[str, rivals.Make]] = {
     "opacus": ("opacus: gradients per example", rivals.opacus),
     "captum": ("captum: TracInCP", rivals.captum),
@@ -232,8 +233,15 @@ VARIANTS: dict[str, Variant] = {
         _attributed("path-ledger", "path, 1 node, with a ledger", ledger=True),
         *(_attributed(f"first-sgd/{k}", f"first, SGD, {k}", rule="sgd", scheme="first", kernel=k) for k in KERNELS),
         *(_attributed(f"path/{k}", f"path, 1 node, {k}", kernel=k) for k in KERNELS),
-        Variant("naive", "naive: a backward per example", partial(naive, rule="adamw")),
-        Variant("forward-mode", "forward mode, whole model", partial(forward_mode, rule="adamw")),
+        # under SGD these are the same numbers as `first`; under AdamW they know nothing of the optimizer
+        *(
+            Variant(f"naive{end}", f"naive: a backward per example{of}", partial(naive, rule=rule), rule)
+            for end, of, rule in _SLOW
+        ),
+        *(
+            Variant(f"forward-mode{end}", f"forward mode, whole model{of}", partial(forward_mode, rule=rule), rule)
+            for end, of, rule in _SLOW
+        ),
         *(Variant(name, label, partial(rival, make=make), needs=name) for name, (label, make) in RIVALS.items()),
     )
 }

@@ -114,14 +114,15 @@ def test_what_is_compared_is_the_same(name: str, workload: str) -> None:
         for direction, of in zip(directions, parameters, strict=True):
             truth[k] += gradients[of].flatten(1) @ direction.flatten()
     line, trained = Line(VARIANTS[name], 2), []
-    for one in (plain_line("adamw"), line):
+    rule = line.variant.rule
+    for one in (plain_line(rule), line):
         stock = Stock(setting, shared=True)
         with one.variant.open(stock, one.targets) as opened:
             values = opened.step(batch)
-        trained.append([p.detach() for p in stock.take("adamw")[0].parameters()])
+        trained.append([p.detach() for p in stock.take(rule)[0].parameters()])
     torch.testing.assert_close(values, truth, rtol=1e-4, atol=1e-6)
     for mine, plain in zip(*trained, strict=True):
-        # Adam's first step is the gradient's sign, whatever the rounding
+        # under AdamW the first step is the gradient's sign, whatever the rounding
         assert ((mine - plain).abs() < 1e-6).float().mean() > 0.99
 
 
