@@ -32,7 +32,7 @@ from inrun.direction import displacements, scheme_of
 from inrun.errors import InrunError, NonFiniteError
 from inrun.formed import Formed, Pool
 from inrun.game import Game
-from inrun.gradient import Received, square
+from inrun.gradient import Received, sample, square
 from inrun.kernels import Kernel, Kernels
 from inrun.ledger import LedgerWriter
 from inrun.plan import Plan, plan_of
@@ -299,7 +299,7 @@ class Attributor:
         if not self._at_once or game or captured.formed.ahead is not None:
             return
         self._evaluation.autocast = self._capture.autocast
-        self._weights = {p: _sample(p) for p in self._names}
+        self._weights = {p: sample(p) for p in self._names}
         try:
             captured.formed.ahead = self._account.ahead(step, self._capture.watch)
         except NonFiniteError as problem:
@@ -436,7 +436,7 @@ class Attributor:
         try:
             if self._problem is not None:
                 raise self._problem
-            if not all(torch.equal(_sample(p), was) for p, was in self._weights.items()):
+            if not all(torch.equal(sample(p), was) for p, was in self._weights.items()):
                 raise InrunError(
                     "the weights were changed between the forward pass and the step (as for sharpness-aware training, "
                     "or noise), but under scheme='first' with SGD the target's gradient is taken ahead of the backward "
@@ -533,12 +533,6 @@ class Attributor:
                     problems.append(problem)
         if problems:
             raise problems[0]
-
-
-def _sample(p: nn.Parameter) -> Tensor:
-    """Some of the parameter's numbers."""
-    flat = p.detach().reshape(-1)
-    return flat[:: max(1, len(flat) // 64)].clone()
 
 
 def _inner(model: nn.Module) -> nn.Module:

@@ -30,7 +30,7 @@ from inrun.scratch import Kept, Key, Scratch, gib, size_of
 from inrun.step import Id, Microbatch, Step
 from inrun.target import Target
 from inrun.update import Mix, Moved, SGDUpdate, Update
-from inrun.valuation import Valued, contributions, train_loss
+from inrun.valuation import Valued, contributions, made_anew, train_loss
 
 BLOCK = 16  # steps: a larger block is kept longer, a smaller one has more tails to add to
 
@@ -163,7 +163,7 @@ class Credit:
         ids: list[Id] = [i for microbatch in pending for i in microbatch.ids]
         valued = Valued(Step(step, ids, {}, {}, train_loss(pending)))
         self._before = {target.name: target.loss(step) for target in self._targets} if audited else {}
-        g = contributions(pending, received.scales(moves))
+        g = contributions(pending, received.scales(moves, lambda: made_anew(pending)))
         conservation = check_contributions(self._groups, g, moves, _cast(pending), f"step {step}")
         mixes = {p: moved.update.mix(moved) for p, moved in moves.items()}
         moved_by = displacements(moves, 1.0)

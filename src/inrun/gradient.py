@@ -5,7 +5,8 @@ as the whole gradient was, so that sum_i g_i = G stays true of the gradient that
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,16 @@ from inrun.errors import InrunError
 from inrun.update import Moved
 
 _PART = 2**17  # entries looked at together: they fit a processor's cache
+_SOME = 64  # numbers of every tensor by which it is known
+_AGAIN = 64  # roundings of the examples' gradients by which a sum of them made again may differ
 _UNIFORM = 1e-3  # how far the factors of one scaling may differ by rounding, or as much as four roundings do
+
+# makes the gradient again from the examples' own: their sum, and the sum of their sizes, by parameter
+Anew = Callable[[], tuple[dict[nn.Parameter, Tensor], dict[nn.Parameter, Tensor]]]
+BY_VALUE = (
+    "a gradient was clipped by value, while under scheme='first' with SGD every example's gradient is used as soon as "
+    "it is formed, before that is known: give the Attributor kernel='tangent'."
+)
 
 
 def square(x: Tensor, copy: Tensor | None = None) -> Tensor:
@@ -26,41 +36,64 @@ def square(x: Tensor, copy: Tensor | None = None) -> Tensor:
     return torch.stack([torch.dot(part, part) for part in parts]).sum(dtype=torch.float64)
 
 
-class Received:
-    """A copy of the gradient at the end of the last batch, against which what was done to it since is seen.
+def sample(x: Tensor) -> Tensor:
+    """Some of the tensor's numbers, by which a change of the whole is seen."""
+    flat = x.detach().reshape(-1)
+    return flat[:: max(1, len(flat) // _SOME)].clone()
 
-    The values are compared, not their versions: what is written through `.data`, or by a fused kernel, leaves none.
+
+class Received:
+    """The gradient as the newest batch made it, and what was done to it since.
+
+    A copy costs as much memory as the weights, and time to write and compare it. So it is taken at the first step, and
+    from the first on at which something was done; between, a change is seen by the tensors' versions and some of their
+    numbers. (What escapes these, written to few places past the versions, conservation meets: inrun.books.)
     """
 
     def __init__(self, names: Mapping[nn.Parameter, str]) -> None:
         self._names = names
-        self.raw: dict[nn.Parameter, Tensor] = {}
-        self.squares: dict[nn.Parameter, Tensor] = {}
-        self._changed = False
+        self.made: dict[nn.Parameter, Tensor] = {}  # the gradient as made, of those that have one; after `scales`
+        self.squares: dict[nn.Parameter, Tensor] = {}  # of `made`
+        self._copies: dict[nn.Parameter, Tensor] = {}
+        self._marks: dict[nn.Parameter, _Mark] = {}
+        self._copying = True
+        self._looked = self._touched = self._changed = False
 
     def keep(self) -> None:
-        """Take the copy."""
+        """Remember the gradients as they are."""
+        self._copying = self._touched or not self._looked
+        self._marks, self.squares = {}, {}
+        if not self._copying:
+            self._copies.clear()
         for p in self._names:
             if p.grad is None:
-                self.raw.pop(p, None)
-                self.squares.pop(p, None)
+                self._copies.pop(p, None)
             elif p.grad.is_sparse:
                 raise InrunError(f"{self._names[p]}: sparse gradients are not supported: build it with sparse=False.")
             else:
-                if p not in self.raw:
-                    self.raw[p] = torch.empty_like(p, memory_format=torch.contiguous_format)
-                self.squares[p] = square(p.grad.detach(), self.raw[p])
+                self._marks[p] = _Mark(p.grad)
+                if self._copying:
+                    if p not in self._copies:
+                        self._copies[p] = torch.empty_like(p, memory_format=torch.contiguous_format)
+                    self.squares[p] = square(p.grad.detach(), self._copies[p])
+
+    def _differs(self, p: nn.Parameter, now: Tensor | None) -> bool:
+        """Whether the parameter's gradient is another one than was kept."""
+        if self._copying:
+            return not _same(now, self._copies.get(p))
+        return p in self._marks if now is None else p not in self._marks or not self._marks[p].is_of(now)
 
     def left_out(self) -> bool:
-        """Whether there was no step since the copy because a gradient was not finite, as a gradient scaler does it.
+        """Whether there was no step since the batch because a gradient was not finite, as a gradient scaler does it.
 
         Raises InrunError if gradients changed otherwise: accumulation must go on from where it was.
         """
-        changed = {name: self.raw.get(p) for p, name in self._names.items() if not _same(p.grad, self.raw.get(p))}
-        if any(raw is not None and not bool(raw.isfinite().all()) for raw in changed.values()):
+        changed = {p: name for p, name in self._names.items() if self._differs(p, p.grad)}
+        known = [self._copies[p] if self._copying else self._marks[p].some for p in changed if p in self._marks]
+        if not all(bool(gradient.isfinite().all()) for gradient in known):
             return True
         if changed:
-            some = ", ".join(list(changed)[:4]) + (", ..." if len(changed) > 4 else "")
+            some = ", ".join(list(changed.values())[:4]) + (", ..." if len(changed) > 4 else "")
             raise InrunError(
                 "a `batch` had no optimizer.step(), and the gradients changed before the next one "
                 f"({some}). If they were dropped on purpose "
@@ -71,28 +104,64 @@ class Received:
 
     def receive(self, moves: Mapping[nn.Parameter, Moved]) -> dict[nn.Parameter, Tensor]:
         """The squared norms of the gradients that the optimizers receive, by parameter."""
-        self._changed = not all(_same(moves[p].gradient if p in moves else None, self.raw.get(p)) for p in self._names)
-        return {p: square(moved.gradient) for p, moved in moves.items()} if self._changed else dict(self.squares)
+        now = {p: moves[p].gradient if p in moves else None for p in self._names}
+        self._changed = any(self._differs(p, gradient) for p, gradient in now.items())
+        self._looked, self._touched = True, self._touched or self._changed
+        if self._copying and not self._changed:
+            return dict(self.squares)
+        found = {p: square(moved.gradient) for p, moved in moves.items()}
+        if not self._copying:
+            self.squares = found
+        return found
 
-    def scales(self, moves: Mapping[nn.Parameter, Moved]) -> dict[nn.Parameter, Tensor] | None:
+    def scales(self, moves: Mapping[nn.Parameter, Moved], anew: Anew | None) -> dict[nn.Parameter, Tensor] | None:
         """Received gradient / made gradient by parameter, one number where it is that; None if nothing was changed.
 
-        To be called after `receive`. Raises InrunError if it was changed by more than a scaling: one factor for all
-        (clipping by norm, unscaling), or factors from 0 to 1 (clipping by value).
+        To be called after `receive`.
+
+        Args:
+            anew: makes the gradient again, if there is no copy; None: it cannot be made.
+
+        Raises:
+            InrunError: it was changed by more than a scaling: one factor for all (clipping by norm, unscaling), or
+                factors from 0 to 1 (clipping by value).
         """
+        received = {p: moved.gradient for p, moved in moves.items()}
         if not self._changed:
+            self.made = received
             return None
-        by_parameter = self._factors(moves)
-        if by_parameter is not None:
-            return by_parameter
+        if self._copying:
+            self.made = self._copies
+            return self._uniform(self.made, received) or self._by_coordinate(received, {})
+        if anew is None:
+            some = {p: sample(gradient) for p, gradient in received.items()}
+            scales = self._uniform({p: mark.some for p, mark in self._marks.items()}, some)
+            if scales is None:
+                raise InrunError(BY_VALUE)
+            self.made = {p: gradient / scales[p] if scales[p] else gradient for p, gradient in received.items()}
+        else:
+            self.made, sizes = anew()
+            scales = self._uniform(self.made, received, sizes) or self._by_coordinate(received, sizes)
+        self.squares = {p: square(gradient) for p, gradient in self.made.items()}
+        return scales
+
+    def _by_coordinate(
+        self, received: Mapping[nn.Parameter, Tensor], sizes: Mapping[nn.Parameter, Tensor]
+    ) -> dict[nn.Parameter, Tensor]:
+        """A factor for every coordinate, as clipping by value leaves it. Raises InrunError if it is not from 0 to 1."""
         scales, names, lows, highs, from_nothing = {}, {}, [], [], []
-        rounding = _UNIFORM
+        rounding, largest_size = _UNIFORM, max((float(x.max()) for x in sizes.values() if x.numel()), default=0.0)
         for p in self._names:
-            raw, received = self.raw.get(p), moves[p].gradient if p in moves else None
+            raw, new = self.made.get(p), received.get(p)
             raw = torch.zeros_like(p) if raw is None else raw
-            received = torch.zeros_like(p) if received is None else received
+            new = torch.zeros_like(p) if new is None else new
             made = raw != 0
-            scales[p] = factors = received / raw
+            scales[p] = factors = new / raw
+            if p in sizes:
+                # what was made again is the same to its rounding: where rows cancel, that is all there is
+                same = (new - raw).abs() <= _AGAIN * torch.finfo(raw.dtype).eps * largest_size
+                factors.masked_fill_(same, 1.0)
+                made |= same
             if not p.numel():
                 continue
             # a quotient of denormal numbers says nothing about the factor
@@ -101,13 +170,13 @@ class Received:
             lows.append(factors.masked_fill(~exact, math.inf).amin().double())
             highs.append(factors.masked_fill(~exact, -math.inf).amax().double())
             rounding = max(rounding, 4 * torch.finfo(raw.dtype).eps)
-            from_nothing.append((received.masked_fill(made, 0) != 0).any())
+            from_nothing.append((new.masked_fill(made, 0) != 0).any())
         low, high = torch.stack(lows).tolist(), torch.stack(highs).tolist()
         least, most = min(low), max(high)
         uniform = most - least <= rounding * abs(most)
         news = torch.stack(from_nothing).tolist()
-        for name, new, smallest, largest in zip(names.values(), news, low, high, strict=True):
-            if new or smallest < 0 or (largest > 1 + rounding and not uniform):
+        for name, more, smallest, largest in zip(names.values(), news, low, high, strict=True):
+            if more or smallest < 0 or (largest > 1 + rounding and not uniform):
                 raise InrunError(
                     f"{name}: between backward() and step() its gradient was changed by more than clipping or scaling, "
                     "so it no longer is the sum of the examples' contributions (noise was added, or a backward pass "
@@ -119,20 +188,25 @@ class Received:
             scales[p].nan_to_num_(known[0], math.inf, -math.inf)
         return scales
 
-    def _factors(self, moves: Mapping[nn.Parameter, Moved]) -> dict[nn.Parameter, Tensor] | None:
+    def _uniform(
+        self,
+        made: Mapping[nn.Parameter, Tensor],
+        received: Mapping[nn.Parameter, Tensor],
+        sizes: Mapping[nn.Parameter, Tensor] = MappingProxyType({}),
+    ) -> dict[nn.Parameter, Tensor] | None:
         """One factor by parameter, as clipping by norm and unscaling leave it; None if it is not that simple."""
         found: dict[nn.Parameter, float] = {}
         silent, away = [], []
         for p in self._names:
-            raw, received = self.raw.get(p), moves[p].gradient if p in moves else None
-            if raw is None and received is None:
+            raw, new = made.get(p), received.get(p)
+            if raw is None and new is None:
                 continue
             if raw is None:
                 return None
-            if received is None:
+            if new is None:
                 away.append(p)
                 continue
-            factor = _factor(raw, received)
+            factor = _factor(raw, new, sizes.get(p))
             if factor is None:
                 return None
             if math.isnan(factor):
@@ -146,8 +220,23 @@ class Received:
         return {p: torch.tensor(factor, dtype=torch.float64, device=p.device) for p, factor in found.items()}
 
 
-def _factor(raw: Tensor, received: Tensor) -> float | None:
-    """The number that makes one tensor the other, to rounding; NaN if both are zero, None if there is none."""
+class _Mark:
+    """What a gradient is known by."""
+
+    def __init__(self, gradient: Tensor) -> None:
+        self.some = sample(gradient)
+        self._at = gradient.data_ptr(), gradient._version
+
+    def is_of(self, gradient: Tensor) -> bool:
+        """Whether it is that gradient, and seems not to have changed."""
+        return (gradient.data_ptr(), gradient._version) == self._at and _same(sample(gradient), self.some)
+
+
+def _factor(raw: Tensor, received: Tensor, size: Tensor | None = None) -> float | None:
+    """The number that makes one tensor the other, to rounding; NaN if both are zero, None if there is none.
+
+    `size`: what the rounding of each entry is relative to, if not the entry itself.
+    """
     if raw.shape != received.shape or not raw.is_contiguous() or not received.is_contiguous():
         return None
     parts = list(zip(torch.split(raw.view(-1), _PART), torch.split(received.view(-1), _PART), strict=True))
@@ -157,7 +246,8 @@ def _factor(raw: Tensor, received: Tensor) -> float | None:
         return math.nan if squares == 0 and not bool(raw.any()) and not bool(received.any()) else None
     factor = products / squares
     left = math.hypot(*(float(torch.sub(y, x, alpha=factor).norm()) for x, y in parts))
-    return factor if left <= 16 * torch.finfo(raw.dtype).eps * abs(factor) * math.sqrt(squares) else None
+    length = math.sqrt(squares) if size is None else float(size.double().norm())
+    return factor if left <= 16 * torch.finfo(raw.dtype).eps * abs(factor) * length else None
 
 
 def _in_words(x: Tensor) -> bool:

@@ -13,7 +13,7 @@ from inrun.direction import Scheme, Watch
 from inrun.errors import InrunError, NonFiniteError
 from inrun.formed import Ahead
 from inrun.game import Game, play
-from inrun.gradient import Received
+from inrun.gradient import BY_VALUE, Received
 from inrun.piece import Moves
 from inrun.step import Id, Microbatch, Step
 from inrun.tangent.contraction import contract
@@ -56,6 +56,17 @@ def contributions(
     return found
 
 
+def made_anew(pending: Sequence[Microbatch]) -> tuple[dict[nn.Parameter, Tensor], dict[nn.Parameter, Tensor]]:
+    """The sum of the examples' gradients as backward made them, and of their absolute values, by parameter."""
+    whole: dict[nn.Parameter, Tensor] = {}
+    sizes: dict[nn.Parameter, Tensor] = {}
+    for microbatch in pending:
+        for p, g in per_example_gradients(microbatch.captured).items():
+            whole[p] = whole[p] + g.sum(dim=0) if p in whole else g.sum(dim=0)
+            sizes[p] = sizes[p] + g.abs().sum(dim=0) if p in sizes else g.abs().sum(dim=0)
+    return whole, sizes
+
+
 class Account:
     """The value of an example is its effect in the step that used it; old momentum has an account of its own."""
 
@@ -91,7 +102,8 @@ class Account:
         if audited:
             valued.losses = losses_without_data(self._targets, step, moves)
         found = self._scheme.directions(self._targets, step, moves)
-        scales = received.scales(moves)
+        paid_at_once = any(microbatch.captured.formed.paid for microbatch in pending)
+        scales = received.scales(moves, None if paid_at_once else lambda: made_anew(pending))
         batches, directions = [microbatch.captured for microbatch in pending], list(found.values())
         paid = self._paid(batches, moves, scales)
         through = contract(batches, directions, scales, paid, received, self._group_of, len(self._groups))
@@ -130,10 +142,7 @@ class Account:
             rate, scale = moves[p].update.rate(moves[p], 0.0, 1.0), 1.0 if scales is None else scales[p]
             assert rate is not None
             if isinstance(scale, Tensor) and scale.ndim:
-                raise InrunError(
-                    "a gradient was clipped by value, while under scheme='first' with SGD every example's gradient is "
-                    "used as soon as it is formed, before that is known: give the Attributor kernel='tangent'."
-                )
+                raise InrunError(BY_VALUE)
             factors[p] = rate * scale
         return factors
 

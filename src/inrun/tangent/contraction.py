@@ -85,10 +85,10 @@ def contract(
                 if p in batch.formed.kept
             ]
             vectors = [directions[k].vectors[p] for k in depending]
-            parts, inner, squares = products([g for g, _ in kept], received.raw.get(p), vectors, factor)
+            parts, inner, squares = products([g for g, _ in kept], received.made.get(p), vectors, factor)
             for part, (_, place) in zip(parts, kept, strict=True):
                 found.add(part, part.abs().sum(dim=1), group, place, towards)
-            if p in received.raw:
+            if p in received.made:
                 found.expected[towards, group] += inner
                 found.lengths[towards, group] += squares.sqrt() * received.squares[p].sqrt()
     for batch, place in zip(batches, places, strict=True):
