@@ -141,19 +141,21 @@ class Kernels:
     def cost(self, how: How, shape: Shape, target_rows: Sequence[int] = ()) -> float:
         """Work beyond plain training, in floating point operations."""
         of_a_byte = _INTENSITY.get(self._device, _INTENSITY["cuda"])[shape.size]
-        operations, traffic = work(how, shape, self._targets, target_rows)
+        operations, traffic = work(how, shape, self._targets, target_rows, self._at_once)
         return operations + traffic * of_a_byte
 
 
-def work(how: How, shape: Shape, targets: int, target_rows: Sequence[int]) -> tuple[float, float]:
+def work(how: How, shape: Shape, targets: int, target_rows: Sequence[int], at_once: bool) -> tuple[float, float]:
     """What a kernel does beyond plain training: floating point operations, and bytes through memory."""
     products = 2.0 * shape.N * shape.R * shape.I * shape.O
     if how == "tangent":
-        return targets * products, targets * 3 * shape.N * shape.R * shape.O * shape.size
+        # the output's tangent is made, multiplied and added up; and before it q, of two tensors of the weight's size
+        return targets * products, targets * (3 * shape.N * shape.R + 4 * shape.I) * shape.O * shape.size
     if how == "ghost":
         inner = shape.N * shape.R * sum(target_rows)
         return inner * 2.0 * (shape.I + shape.O), inner * 3 * shape.size
-    return products if how == "late" else 0.0, (2 + targets) * shape.formed
+    # written, added up, and read once for all targets; of what is contracted at once a part stays in the cache
+    return products if how == "late" else 0.0, (2 if at_once else 3) * shape.formed
 
 
 def _linear(unit: Unit) -> bool:

@@ -18,6 +18,7 @@ from inrun.update import CoupledUpdate, Moved
 _NAMES = {"fused": "perexample", "formed": "perexample", "late": "perexample, late"}
 _ENTRIES = 2**23  # of a parameter are enough to measure an optimizer's move on
 _COLD = 0.4  # in a step, memory is gone through at so much of the rate at which it is when nothing else is used
+_HOOKS = 2e-4  # seconds that a unit's hooks take on a processor, whatever it computes
 _SIDE = 1024  # of the matrices that are multiplied
 
 
@@ -77,8 +78,9 @@ def plan_of(
     size = sum(p.nbytes for p in moves)
     seconds = max(1, nodes) * sum(machine.move(moved, nodes > 0) for moved in _kinds(moves))
     rows.append(Row("the optimizer's move", "", seconds, (2 if nodes else 1) * size))
-    # the gradient is copied and compared, and for every target multiplied, made into q and weighed
-    rows.append(Row("the books", "", (5 + (5 + max(0, nodes - 1) * 3) * targets) * size / machine.bytes, 2 * size))
+    # the gradient is looked at, and every target's held, made into q and weighed
+    streams = 1 + (3.5 + max(0, nodes - 1) * 3) * targets
+    rows.append(Row("the books", "", streams * size / machine.bytes, targets * size))
     return Plan(rows)
 
 
@@ -86,10 +88,10 @@ def _row(call: Chosen, machine: "_Machine", targets: int, at_once: bool) -> Row:
     shape, name = call.shape, _NAMES.get(call.how, call.how)
     if shape is None:
         # a norm is run again once, what has no closed form for every target; a table's rows are picked
-        passes, kept = (4, 0) if call.how == "formed" else (4 * targets, call.size)
-        return Row(call.unit.name, name, passes * call.size / machine.bytes, kept)
-    operations, traffic = work(call.how, shape, targets, call.target_rows)
-    seconds = operations / machine.products(shape.size) + traffic / machine.bytes
+        passes, kept = (3, 0) if call.how == "formed" else (4 * targets, call.size)
+        return Row(call.unit.name, name, _HOOKS + passes * call.size / machine.bytes, kept)
+    operations, traffic = work(call.how, shape, targets, call.target_rows, at_once)
+    seconds = _HOOKS + operations / machine.products(shape.size) + traffic / machine.bytes
     kept = {"fused": 0 if at_once else shape.formed, "ghost": 0}.get(call.how, shape.pair)
     return Row(call.unit.name, name, seconds, kept)
 
