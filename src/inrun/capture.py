@@ -16,15 +16,16 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from torch.utils.hooks import RemovableHandle
 
-from inrun.captured import Call, Captured, Hook, check_version
+from inrun.captured import Call, Captured, Hook
 from inrun.errors import InrunError
+from inrun.hooks import form, keep_gradient, on_gradient, pay, watch
 from inrun.kernels import Kernels
 from inrun.probe import Found, Inputs, Probe, Unit, expanded, tensors
 from inrun.rows import Rows
 from inrun.tangent.fused import fused, is_convolution
 from inrun.tangent.generic import RandomState
-from inrun.tangent.ghost import Pair, ghost, ghost_bias
-from inrun.tangent.per_example import rule_of, unchanged
+from inrun.tangent.ghost import Pair
+from inrun.tangent.per_example import unchanged
 from inrun.tangent.rules import has_closed_form
 from inrun.target import aside
 
@@ -196,7 +197,7 @@ class Capture:
             return self._probe.see(unit, output)
         if self._watched is not None and self._kernels.watches(unit) and output.requires_grad:
             (x,) = (*args, *kwargs.values())
-            output.register_hook(_watch(self._watched.setdefault(unit, []), x.detach()))
+            on_gradient(output, watch(self._watched.setdefault(unit, []), x.detach()))
         if self._open is None or aside():
             return None
         if _in_backward():
@@ -279,7 +280,7 @@ class Capture:
             if kernel == "fused":
                 self._fused.add(unit)
                 return fused(unit.module, x, output, rows[0], captured.examples, captured.formed)
-            output.register_hook(_pay(unit, x.detach(), rows[0], captured))
+            on_gradient(output, pay(unit, x.detach(), rows[0], captured))
             return None
         args, kwargs = tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, (tuple(args), dict(kwargs)))
         versions = [x._version for x in tensors((args, kwargs))]
@@ -289,13 +290,17 @@ class Capture:
             unit, args, kwargs, unit.module.training, self._cast_to(), random_state, versions, list(rows), nothing
         )
         call.late = kernel == "late"
-        form = kernel == "formed"
+        formed = kernel == "formed"
         for k, (leaf, found) in wholes.items():
-            # a view of its own, so that the gradient is this output's alone where one output is made of another
-            leaves[k] = leaf.view_as(leaf) if len(watched) > 1 else leaf
-            call.rows[k] = found
-            leaves[k].register_hook(_form(call, captured) if form else _keep_gradient(call, k))
-        if form:
+            call.rows[k], leaves[k] = found, leaf
+            hook = form(call, captured) if formed else keep_gradient(call, k)
+            if len(watched) == 1:
+                on_gradient(leaf, hook)
+            else:
+                # a view of its own, so that the gradient is this output's alone where one output is made of another
+                leaves[k] = leaf.view_as(leaf)
+                leaves[k].register_hook(hook)
+        if formed:
             return leaves[0]
         captured.calls.append(call)
         return tree_unflatten(leaves, spec)
@@ -312,64 +317,3 @@ def _stands_first(unit: Unit, rows: Rows) -> bool:
 
 def _in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
-
-
-def _form(call: Call, captured: Captured) -> Callable[[Tensor], None]:
-    """A hook that forms every example's gradients as soon as the output's is there."""
-
-    def hook(gradient: Tensor) -> None:
-        rule = rule_of(call)
-        assert rule is not None
-        call.gradients = [gradient.detach()]
-        call.check_inputs()
-        if gradient.element_size() < 4:
-            captured.formed.coarse |= set(call.unit.parameters.values())
-            call.gradients = [gradient.detach().float()]
-        with torch.no_grad(), call.again():
-            found = rule(call, captured.examples)
-        with torch.autocast(gradient.device.type, enabled=False):
-            for name, p in call.unit.parameters.items():
-                captured.formed.take(p, slice(None), found[name].to(p.dtype))
-        call.gradients = [None]
-
-    return hook
-
-
-def _watch(pairs: list[Pair], x: Tensor) -> Callable[[Tensor], None]:
-    """A hook that collects a unit's input and output gradient."""
-
-    def hook(gradient: Tensor) -> None:
-        a, b = x.reshape(-1, x.shape[-1]), gradient.detach().reshape(-1, gradient.shape[-1])
-        wide = torch.float32 if b.element_size() < 4 else b.dtype
-        pairs.append((a.to(wide), b.to(wide)))
-
-    return hook
-
-
-def _pay(unit: Unit, x: Tensor, rows: Rows, captured: Captured) -> Callable[[Tensor], None]:
-    """A hook that contracts the examples' gradients with those of the targets, without forming either."""
-    version = x._version
-
-    def hook(gradient: Tensor) -> None:
-        check_version(unit, x, version)
-        N, formed, b = captured.examples, captured.formed, gradient.detach()
-        pairs = [of.pairs.get(unit, []) for of in formed.ahead or ()]
-        a_NRI, b_NRO = rows.by_features(x, N), rows.by_features(b, N)
-        if b.element_size() < 4:
-            formed.coarse |= set(unit.parameters.values())
-            a_NRI, b_NRO = a_NRI.float(), b_NRO.float()
-        with torch.autocast(b.device.type, enabled=False):
-            formed.pay(unit.parameters["weight"], ghost(a_NRI, b_NRO, pairs))
-            if "bias" in unit.parameters:
-                formed.pay(unit.parameters["bias"], ghost_bias(b_NRO, pairs))
-
-    return hook
-
-
-def _keep_gradient(call: Call, k: int) -> Callable[[Tensor], None]:
-    def hook(gradient: Tensor) -> None:
-        kept = call.gradients[k]
-        gradient = gradient.detach()
-        call.gradients[k] = gradient if kept is None else kept + gradient
-
-    return hook
