@@ -420,7 +420,7 @@ class Attributor:
                     )
                 for p in group["params"]:
                     if p.grad is not None:
-                        moves[p] = Moved(p.detach(), p.grad, optimizer.state.get(p, {}), group, update)
+                        moves[p] = Moved(p.detach(), p.grad.detach(), optimizer.state.get(p, {}), group, update)
         if not moves:
             raise InrunError(
                 "no parameter has a gradient any more: call zero_grad() after optimizer.step(), not before it."

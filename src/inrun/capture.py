@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.parametrize import ParametrizationList
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from torch.utils.hooks import RemovableHandle
@@ -63,10 +64,19 @@ def trained_parameters(model: nn.Module, optimizers: Sequence[Optimizer]) -> dic
 
 
 def find_units(model: nn.Module, trained: set[nn.Parameter]) -> list[Unit]:
-    """All modules of the model that own at least one of the trained parameters directly."""
+    """All modules of the model that own at least one of the trained parameters directly.
+
+    Raises InrunError if one of these computes another module's weight.
+    """
     units = []
     for name, module in model.named_modules():
         own = {n: p for n, p in module._parameters.items() if p is not None and p in trained}
+        if isinstance(module, ParametrizationList) and any(p in trained for p in module.parameters()):
+            raise InrunError(
+                f"{name}: a weight that torch.nn.utils.parametrize computes of other parameters is not supported: a "
+                "whole batch uses what is computed once. Take it off (parametrize.remove_parametrizations), freeze its "
+                "parameters (requires_grad_(False)), or write a module that owns them and computes its output of them."
+            )
         if own:
             units.append(Unit(name or type(model).__name__, module, own))
     return units
@@ -243,6 +253,11 @@ class Capture:
                 leaves[k] = expanded(leaf, rows[k], captured.examples, unit)[0]
         return tree_unflatten(leaves, spec)
 
+    def _alone(self, module: nn.Module) -> bool:
+        """Whether no other attributor watches the module: its output's graph must stay, then."""
+        owners = {hook.owner for hook in module._forward_hooks.values() if isinstance(hook, Hook)}
+        return owners <= {self, None}
+
     def _keep(
         self, captured: Captured, unit: Unit, index: int, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Any:
@@ -273,8 +288,9 @@ class Capture:
         inputs = (*args, *kwargs.values())
         stands = len(rows) == 1 and rows[0] is not None and _stands_first(unit, rows[0])
         stands = stands and all(type(x) in (Tensor, nn.Parameter) for x in (*inputs, output))
+        fits = stands and unchanged(unit.module) and self._alone(unit.module)
         captured.cast |= self._cast_to() is not None
-        kernel = self._kernels.of(unit, captured, inputs, output, stands and unchanged(unit.module))
+        kernel = self._kernels.of(unit, captured, inputs, output, fits)
         if kernel in ("fused", "ghost") and rows[0] is not None:
             (x,) = inputs
             if kernel == "fused":

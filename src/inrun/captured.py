@@ -129,10 +129,11 @@ class Captured:
 
 
 class Hook:
-    """A hook that stays with its model: a copy or a pickle of the model gets one that does nothing."""
+    """A hook that stays with its model: a copy or a pickle of the model gets one that does nothing, and is nobody's."""
 
     def __init__(self, function: Callable[..., Any], *first: Any) -> None:
         self._function, self._first = function, first
+        self.owner: object = getattr(function, "__self__", None)
 
     def __call__(self, *args: Any) -> Any:
         return self._function(*self._first, *args)
@@ -141,8 +142,8 @@ class Hook:
         return _no_hook, ()
 
 
-def _no_hook() -> Callable[..., None]:
-    return _do_nothing
+def _no_hook() -> Hook:
+    return Hook(_do_nothing)
 
 
 def _do_nothing(*_: Any) -> None:
