@@ -101,7 +101,8 @@ class Capture:
         self._calls_of: dict[Unit, int] = {}
         self._with_gradients = False
         self._put_off: dict[Unit, list[int]] = {}  # calls without gradients, which the backward pass makes again
-        self._fused: set[Unit] = set()
+        # by unit and its output's shapes: how its calls were captured, fused or not, and whose rows they are
+        self._made: dict[tuple[object, ...], dict[tuple[object, ...], tuple[Rows | None, ...]]] = {}
         self._found: dict[tuple[object, ...], Found] = {}
         self._now: Found | None = None
         self._merges: set[int] = set()
@@ -128,7 +129,7 @@ class Capture:
         self._open, self._before = captured, before
         self._depth = 0
         self._put_off.clear()
-        self._fused.clear()
+        self._made.clear()
         try:
             yield
         finally:
@@ -241,11 +242,18 @@ class Capture:
                     "use_reentrant=False."
                 )
             return self._keep(captured, unit, index, args, kwargs, output)
-        rows = None if self._now is None else self._now.rows.get((unit, 0))
         leaves, spec = tree_flatten(output)
-        if rows is None or len(rows) != len(leaves):
+        made = self._made.get(_key(unit, leaves), {})
+        if len(made) > 1:
+            raise InrunError(
+                f"{unit.name} is called several times with outputs of one shape that belong to the examples in "
+                "different ways, in parts of the model that are checkpointed: it cannot be told which call is run "
+                "again. Leave one of these calls out of checkpointed parts."
+            )
+        if not made:
             return None
-        if unit in self._fused and rows[0] is not None:
+        (((was_fused, *_), rows),) = made.items()
+        if was_fused and rows[0] is not None:
             (x,) = (*args, *kwargs.values())
             return fused(unit.module, x, output, rows[0], captured.examples, None)
         for k, leaf in enumerate(leaves):
@@ -291,10 +299,11 @@ class Capture:
         fits = stands and unchanged(unit.module) and self._alone(unit.module)
         captured.cast |= self._cast_to() is not None
         kernel = self._kernels.of(unit, captured, inputs, output, fits)
+        batchless = [r is not None and r.dim is None for r in rows]
+        self._made.setdefault(_key(unit, leaves), {})[kernel == "fused", *batchless] = rows
         if kernel in ("fused", "ghost") and rows[0] is not None:
             (x,) = inputs
             if kernel == "fused":
-                self._fused.add(unit)
                 return fused(unit.module, x, output, rows[0], captured.examples, captured.formed)
             on_gradient(output, pay(unit, x.detach(), rows[0], captured))
             return None
@@ -324,6 +333,11 @@ class Capture:
 
 def _nothing() -> None:
     return None
+
+
+def _key(unit: Unit, leaves: Sequence[Any]) -> tuple[object, ...]:
+    """The unit and the shapes of its output."""
+    return (unit, *(leaf.shape if isinstance(leaf, Tensor) else None for leaf in leaves))
 
 
 def _stands_first(unit: Unit, rows: Rows) -> bool:
