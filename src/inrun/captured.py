@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_map
 
 from inrun.errors import InrunError
 from inrun.formed import Formed
+from inrun.gradient import wide
 from inrun.probe import Unit, tensors
 from inrun.rows import Rows
 from inrun.scratch import Kept, Scratch
@@ -37,7 +38,7 @@ class Call:
     @cached_property
     def gradient_norms(self) -> list[Tensor | None]:
         """The norm of every gradient, for all targets once."""
-        return [gradient.norm() if gradient is not None else None for gradient in self.gradients]
+        return [None if gradient is None else gradient.norm(dtype=wide(gradient.dtype)) for gradient in self.gradients]
 
     @property
     def device(self) -> torch.device:

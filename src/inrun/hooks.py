@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from inrun.captured import Call, Captured, check_version
+from inrun.gradient import wide
 from inrun.probe import Unit
 from inrun.rows import Rows
 from inrun.tangent.ghost import Pair, ghost, ghost_bias
@@ -38,13 +39,13 @@ def form(call: Call, captured: Captured) -> Callable[[Tensor], None]:
         call.gradients = [gradient.detach()]
         call.check_inputs()
         if gradient.element_size() < 4:
-            captured.formed.coarse |= set(call.unit.parameters.values())
+            captured.formed.coarse |= dict.fromkeys(call.unit.parameters.values(), gradient.dtype)
             call.gradients = [gradient.detach().float()]
         with torch.no_grad(), call.again():
             found = rule(call, captured.examples)
         with torch.autocast(gradient.device.type, enabled=False):
             for name, p in call.unit.parameters.items():
-                captured.formed.take(p, slice(None), found[name].to(p.dtype))
+                captured.formed.take(p, slice(None), found[name].to(wide(p.dtype)))
         call.gradients = [None]
 
     return hook
@@ -71,7 +72,7 @@ def pay(unit: Unit, x: Tensor, rows: Rows, captured: Captured) -> Callable[[Tens
         pairs = [of.pairs.get(unit, []) for of in formed.ahead or ()]
         a_NRI, b_NRO = rows.by_features(x, N), rows.by_features(b, N)
         if b.element_size() < 4:
-            formed.coarse |= set(unit.parameters.values())
+            formed.coarse |= dict.fromkeys(unit.parameters.values(), b.dtype)
             a_NRI, b_NRO = a_NRI.float(), b_NRO.float()
         with torch.autocast(b.device.type, enabled=False):
             formed.pay(unit.parameters["weight"], ghost(a_NRI, b_NRO, pairs))
