@@ -39,7 +39,7 @@ from inrun.plan import Plan, plan_of
 from inrun.provenance import describe
 from inrun.scratch import Scratch, free_memory, gib
 from inrun.step import Microbatch, Step, as_ids
-from inrun.target import DOUBLE_BACKWARD, Evaluation, Loss, Target, uncompiled
+from inrun.target import DOUBLE_BACKWARD, Evaluation, Loss, Target, saved_plainly, uncompiled
 from inrun.update import Moved, Update, check_move, update_of
 from inrun.valuation import Account, Valued, train_loss
 
@@ -250,7 +250,7 @@ class Attributor:
         if not captured.calls and not captured.formed:
             raise InrunError(
                 "no gradient reached the model inside the `batch` block: call the model and loss.backward() both "
-                "inside of it."
+                "inside of it (and checkpoint a whole model with use_reentrant=False)."
             )
         self._id_type = type(found[0])
         if sum(m.captured.size() for m in (*self._pending, microbatch) if not m.captured.spilled) > self._room:
@@ -301,7 +301,8 @@ class Attributor:
         self._evaluation.autocast = self._capture.autocast
         self._weights = {p: sample(p) for p in self._names}
         try:
-            captured.formed.ahead = self._account.ahead(step, self._capture.watch)
+            with saved_plainly():
+                captured.formed.ahead = self._account.ahead(step, self._capture.watch)
         except NonFiniteError as problem:
             captured.formed.ahead, self._problem = [], problem  # it is the step's, not the forward pass's
 
@@ -420,7 +421,7 @@ class Attributor:
                     )
                 for p in group["params"]:
                     if p.grad is not None:
-                        moves[p] = Moved(p.detach(), p.grad, optimizer.state.get(p, {}), group, update)
+                        moves[p] = Moved(p.detach(), p.grad.detach(), optimizer.state.get(p, {}), group, update)
         if not moves:
             raise InrunError(
                 "no parameter has a gradient any more: call zero_grad() after optimizer.step(), not before it."

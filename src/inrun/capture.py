@@ -12,19 +12,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.parametrize import ParametrizationList
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from torch.utils.hooks import RemovableHandle
 
-from inrun.captured import Call, Captured, Hook, check_version
+from inrun.captured import Call, Captured, Hook
 from inrun.errors import InrunError
+from inrun.hooks import form, keep_gradient, on_gradient, pay, watch
 from inrun.kernels import Kernels
 from inrun.probe import Found, Inputs, Probe, Unit, expanded, tensors
 from inrun.rows import Rows
 from inrun.tangent.fused import fused, is_convolution
 from inrun.tangent.generic import RandomState
-from inrun.tangent.ghost import Pair, ghost, ghost_bias
-from inrun.tangent.per_example import rule_of, unchanged
+from inrun.tangent.ghost import Pair
+from inrun.tangent.per_example import unchanged
 from inrun.tangent.rules import has_closed_form
 from inrun.target import aside
 
@@ -62,10 +64,19 @@ def trained_parameters(model: nn.Module, optimizers: Sequence[Optimizer]) -> dic
 
 
 def find_units(model: nn.Module, trained: set[nn.Parameter]) -> list[Unit]:
-    """All modules of the model that own at least one of the trained parameters directly."""
+    """All modules of the model that own at least one of the trained parameters directly.
+
+    Raises InrunError if one of these computes another module's weight.
+    """
     units = []
     for name, module in model.named_modules():
         own = {n: p for n, p in module._parameters.items() if p is not None and p in trained}
+        if isinstance(module, ParametrizationList) and any(p in trained for p in module.parameters()):
+            raise InrunError(
+                f"{name}: a weight that torch.nn.utils.parametrize computes of other parameters is not supported: a "
+                "whole batch uses what is computed once. Take it off (parametrize.remove_parametrizations), freeze its "
+                "parameters (requires_grad_(False)), or write a module that owns them and computes its output of them."
+            )
         if own:
             units.append(Unit(name or type(model).__name__, module, own))
     return units
@@ -90,7 +101,8 @@ class Capture:
         self._calls_of: dict[Unit, int] = {}
         self._with_gradients = False
         self._put_off: dict[Unit, list[int]] = {}  # calls without gradients, which the backward pass makes again
-        self._fused: set[Unit] = set()
+        # by unit and its output's shapes: how its calls were captured, fused or not, and whose rows they are
+        self._made: dict[tuple[object, ...], dict[tuple[object, ...], tuple[Rows | None, ...]]] = {}
         self._found: dict[tuple[object, ...], Found] = {}
         self._now: Found | None = None
         self._merges: set[int] = set()
@@ -117,7 +129,7 @@ class Capture:
         self._open, self._before = captured, before
         self._depth = 0
         self._put_off.clear()
-        self._fused.clear()
+        self._made.clear()
         try:
             yield
         finally:
@@ -196,7 +208,7 @@ class Capture:
             return self._probe.see(unit, output)
         if self._watched is not None and self._kernels.watches(unit) and output.requires_grad:
             (x,) = (*args, *kwargs.values())
-            output.register_hook(_watch(self._watched.setdefault(unit, []), x.detach()))
+            on_gradient(output, watch(self._watched.setdefault(unit, []), x.detach()))
         if self._open is None or aside():
             return None
         if _in_backward():
@@ -230,17 +242,29 @@ class Capture:
                     "use_reentrant=False."
                 )
             return self._keep(captured, unit, index, args, kwargs, output)
-        rows = None if self._now is None else self._now.rows.get((unit, 0))
         leaves, spec = tree_flatten(output)
-        if rows is None or len(rows) != len(leaves):
+        made = self._made.get(_key(unit, leaves), {})
+        if len(made) > 1:
+            raise InrunError(
+                f"{unit.name} is called several times with outputs of one shape that belong to the examples in "
+                "different ways, in parts of the model that are checkpointed: it cannot be told which call is run "
+                "again. Leave one of these calls out of checkpointed parts."
+            )
+        if not made:
             return None
-        if unit in self._fused and rows[0] is not None:
+        (((was_fused, *_), rows),) = made.items()
+        if was_fused and rows[0] is not None:
             (x,) = (*args, *kwargs.values())
             return fused(unit.module, x, output, rows[0], captured.examples, None)
         for k, leaf in enumerate(leaves):
             if isinstance(leaf, Tensor) and leaf.requires_grad:
                 leaves[k] = expanded(leaf, rows[k], captured.examples, unit)[0]
         return tree_unflatten(leaves, spec)
+
+    def _alone(self, module: nn.Module) -> bool:
+        """Whether no other attributor watches the module: its output's graph must stay, then."""
+        owners = {hook.owner for hook in module._forward_hooks.values() if isinstance(hook, Hook)}
+        return owners <= {self, None}
 
     def _keep(
         self, captured: Captured, unit: Unit, index: int, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
@@ -272,14 +296,16 @@ class Capture:
         inputs = (*args, *kwargs.values())
         stands = len(rows) == 1 and rows[0] is not None and _stands_first(unit, rows[0])
         stands = stands and all(type(x) in (Tensor, nn.Parameter) for x in (*inputs, output))
+        fits = stands and unchanged(unit.module) and self._alone(unit.module)
         captured.cast |= self._cast_to() is not None
-        kernel = self._kernels.of(unit, captured, inputs, output, stands and unchanged(unit.module))
+        kernel = self._kernels.of(unit, captured, inputs, output, fits)
+        batchless = [r is not None and r.dim is None for r in rows]
+        self._made.setdefault(_key(unit, leaves), {})[kernel == "fused", *batchless] = rows
         if kernel in ("fused", "ghost") and rows[0] is not None:
             (x,) = inputs
             if kernel == "fused":
-                self._fused.add(unit)
                 return fused(unit.module, x, output, rows[0], captured.examples, captured.formed)
-            output.register_hook(_pay(unit, x.detach(), rows[0], captured))
+            on_gradient(output, pay(unit, x.detach(), rows[0], captured))
             return None
         args, kwargs = tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, (tuple(args), dict(kwargs)))
         versions = [x._version for x in tensors((args, kwargs))]
@@ -289,13 +315,17 @@ class Capture:
             unit, args, kwargs, unit.module.training, self._cast_to(), random_state, versions, list(rows), nothing
         )
         call.late = kernel == "late"
-        form = kernel == "formed"
+        formed = kernel == "formed"
         for k, (leaf, found) in wholes.items():
-            # a view of its own, so that the gradient is this output's alone where one output is made of another
-            leaves[k] = leaf.view_as(leaf) if len(watched) > 1 else leaf
-            call.rows[k] = found
-            leaves[k].register_hook(_form(call, captured) if form else _keep_gradient(call, k))
-        if form:
+            call.rows[k], leaves[k] = found, leaf
+            hook = form(call, captured) if formed else keep_gradient(call, k)
+            if len(watched) == 1:
+                on_gradient(leaf, hook)
+            else:
+                # a view of its own, so that the gradient is this output's alone where one output is made of another
+                leaves[k] = leaf.view_as(leaf)
+                leaves[k].register_hook(hook)
+        if formed:
             return leaves[0]
         captured.calls.append(call)
         return tree_unflatten(leaves, spec)
@@ -305,6 +335,11 @@ def _nothing() -> None:
     return None
 
 
+def _key(unit: Unit, leaves: Sequence[Any]) -> tuple[object, ...]:
+    """The unit and the shapes of its output."""
+    return (unit, *(leaf.shape if isinstance(leaf, Tensor) else None for leaf in leaves))
+
+
 def _stands_first(unit: Unit, rows: Rows) -> bool:
     """Whether the rows are where a kernel can take them: of a convolution, first and together."""
     return rows.dim is not None and (not is_convolution(unit.module) or (rows.dim == 0 and rows.blocks))
@@ -312,64 +347,3 @@ def _stands_first(unit: Unit, rows: Rows) -> bool:
 
 def _in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
-
-
-def _form(call: Call, captured: Captured) -> Callable[[Tensor], None]:
-    """A hook that forms every example's gradients as soon as the output's is there."""
-
-    def hook(gradient: Tensor) -> None:
-        rule = rule_of(call)
-        assert rule is not None
-        call.gradients = [gradient.detach()]
-        call.check_inputs()
-        if gradient.element_size() < 4:
-            captured.formed.coarse |= set(call.unit.parameters.values())
-            call.gradients = [gradient.detach().float()]
-        with torch.no_grad(), call.again():
-            found = rule(call, captured.examples)
-        with torch.autocast(gradient.device.type, enabled=False):
-            for name, p in call.unit.parameters.items():
-                captured.formed.take(p, slice(None), found[name].to(p.dtype))
-        call.gradients = [None]
-
-    return hook
-
-
-def _watch(pairs: list[Pair], x: Tensor) -> Callable[[Tensor], None]:
-    """A hook that collects a unit's input and output gradient."""
-
-    def hook(gradient: Tensor) -> None:
-        a, b = x.reshape(-1, x.shape[-1]), gradient.detach().reshape(-1, gradient.shape[-1])
-        wide = torch.float32 if b.element_size() < 4 else b.dtype
-        pairs.append((a.to(wide), b.to(wide)))
-
-    return hook
-
-
-def _pay(unit: Unit, x: Tensor, rows: Rows, captured: Captured) -> Callable[[Tensor], None]:
-    """A hook that contracts the examples' gradients with those of the targets, without forming either."""
-    version = x._version
-
-    def hook(gradient: Tensor) -> None:
-        check_version(unit, x, version)
-        N, formed, b = captured.examples, captured.formed, gradient.detach()
-        pairs = [of.pairs.get(unit, []) for of in formed.ahead or ()]
-        a_NRI, b_NRO = rows.by_features(x, N), rows.by_features(b, N)
-        if b.element_size() < 4:
-            formed.coarse |= set(unit.parameters.values())
-            a_NRI, b_NRO = a_NRI.float(), b_NRO.float()
-        with torch.autocast(b.device.type, enabled=False):
-            formed.pay(unit.parameters["weight"], ghost(a_NRI, b_NRO, pairs))
-            if "bias" in unit.parameters:
-                formed.pay(unit.parameters["bias"], ghost_bias(b_NRO, pairs))
-
-    return hook
-
-
-def _keep_gradient(call: Call, k: int) -> Callable[[Tensor], None]:
-    def hook(gradient: Tensor) -> None:
-        kept = call.gradients[k]
-        gradient = gradient.detach()
-        call.gradients[k] = gradient if kept is None else kept + gradient
-
-    return hook

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_map
 
 from inrun.errors import InrunError
 from inrun.formed import Formed
+from inrun.gradient import wide
 from inrun.probe import Unit, tensors
 from inrun.rows import Rows
 from inrun.scratch import Kept, Scratch
@@ -37,7 +38,7 @@ class Call:
     @cached_property
     def gradient_norms(self) -> list[Tensor | None]:
         """The norm of every gradient, for all targets once."""
-        return [gradient.norm() if gradient is not None else None for gradient in self.gradients]
+        return [None if gradient is None else gradient.norm(dtype=wide(gradient.dtype)) for gradient in self.gradients]
 
     @property
     def device(self) -> torch.device:
@@ -129,10 +130,11 @@ class Captured:
 
 
 class Hook:
-    """A hook that stays with its model: a copy or a pickle of the model gets one that does nothing."""
+    """A hook that stays with its model: a copy or a pickle of the model gets one that does nothing, and is nobody's."""
 
     def __init__(self, function: Callable[..., Any], *first: Any) -> None:
         self._function, self._first = function, first
+        self.owner: object = getattr(function, "__self__", None)
 
     def __call__(self, *args: Any) -> Any:
         return self._function(*self._first, *args)
@@ -141,8 +143,8 @@ class Hook:
         return _no_hook, ()
 
 
-def _no_hook() -> Callable[..., None]:
-    return _do_nothing
+def _no_hook() -> Hook:
+    return Hook(_do_nothing)
 
 
 def _do_nothing(*_: Any) -> None:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from inrun.books import Group, check_contributions
 from inrun.direction import Scheme, Watch, displacements
 from inrun.errors import InrunError, NonFiniteError
-from inrun.gradient import Received
+from inrun.gradient import Received, wide
 from inrun.piece import Moves
 from inrun.scratch import Kept, Key, Scratch, gib, size_of
 from inrun.step import Id, Microbatch, Step
@@ -99,7 +99,8 @@ class _Block:
                     r = c.through * zero if reach is None else reach + c.through * zero
                     if name in g:
                         towards = c.direct * zero + c.take * r
-                        total += (g[name].flatten(1) @ towards.flatten().to(g[name].dtype)).double()
+                        dtype = wide(g[name].dtype)
+                        total += (g[name].flatten(1).to(dtype) @ towards.flatten().to(dtype)).double()
                     behind[target][name] = c.keep * r
                 if not bool(total.isfinite().all()):
                     raise NonFiniteError(f"step {past.valued.step.step}: a value for target {target!r} is not finite")

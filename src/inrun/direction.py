@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from inrun.errors import InrunError
 from inrun.formed import Ahead
+from inrun.gradient import wide
 from inrun.piece import Moves, Piece, Room
 from inrun.probe import Unit
 from inrun.tangent.ghost import Pair
@@ -52,8 +53,9 @@ class Direction:
     factors: Mapping[nn.Parameter, Tensor | float] = field(default_factory=dict)
 
     def q(self, p: nn.Parameter) -> Tensor:
-        """The parameter's part of q."""
-        return self.vectors[p] * self.factors[p] if p in self.factors else self.vectors[p]
+        """The parameter's part of q, in float32 at least."""
+        vector = self.vectors[p].to(wide(p.dtype))
+        return vector * self.factors[p] if p in self.factors else vector
 
 
 class Scheme(ABC):

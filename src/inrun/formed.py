@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from inrun.errors import InrunError
+from inrun.gradient import wide
 from inrun.probe import Unit
 from inrun.tangent.ghost import Pair
 
@@ -66,7 +67,10 @@ class Formed:
         self.examples, self.ahead = examples, ahead
         self.kept: dict[nn.Parameter, Tensor] = {}
         self.paid: dict[nn.Parameter, Tensor] = {}
-        self.coarse: set[nn.Parameter] = set()  # whose sum backward made in half precision
+        # made from numbers of half precision, while backward added them up by itself: their type; and of those that
+        # were contracted on the spot, the sum of (g_i v)^2 over the examples, [targets]
+        self.coarse: dict[nn.Parameter, torch.dtype] = {}
+        self.crossed: dict[nn.Parameter, Tensor] = {}
         self._trained, self._pool = trained, pool
         self._held: list[tuple[nn.Parameter | None, Tensor]] = []
 
@@ -98,13 +102,18 @@ class Formed:
         if self.ahead is None:
             if p in self.kept:
                 before = self.kept[p]
-                # a sum of half precision is kept in the parameter's own
-                self.kept[p] = before.add_(g) if before.dtype == p.dtype else before.to(p.dtype).add_(g)
+                if p.dtype.itemsize < 4:
+                    self.coarse[p] = p.dtype
+                # a sum of half precision is kept in a wider one
+                self.kept[p] = before.add_(g) if before.dtype == wide(p.dtype) else before.to(wide(p.dtype)).add_(g)
             else:
                 self.kept[p] = g
             return
-        vectors = [of.gradient for of in self.ahead]
-        self.pay(p, shares(g, [v[p][rows] if p in v else torch.zeros_like(p[rows]) for v in vectors]))
+        vectors = [v.gradient[p][rows] if p in v.gradient else torch.zeros_like(p[rows]) for v in self.ahead]
+        self.pay(p, shares(g, vectors))
+        if p in self.coarse:
+            more = crossed(g, vectors)
+            self.crossed[p] = self.crossed[p] + more if p in self.crossed else more
 
     def pay(self, p: nn.Parameter, found: Tensor) -> None:
         """<g_i, v>, [targets, examples]: a part of it."""
@@ -139,26 +148,41 @@ class Formed:
 
 def shares(g: Tensor, vectors: Sequence[Tensor]) -> Tensor:
     """<g_i, v> of every vector v, which has the shape of g[0]: float64 [vectors, examples]."""
-    (found,), _, _ = products([g], None, vectors, None)
+    (found,), *_ = products([g], None, vectors, None)
     return found
 
 
+def crossed(g: Tensor, vectors: Sequence[Tensor]) -> Tensor:
+    """The sum of (g_i v)^2 over the examples and entries: float64 [vectors]."""
+    squares = torch.zeros_like(vectors[0], dtype=wide(g.dtype))
+    for one in g:
+        one = one.to(squares.device, squares.dtype)
+        squares.addcmul_(one, one)
+    return torch.stack([torch.sum(squares * v.to(squares.dtype).square(), dtype=torch.float64) for v in vectors])
+
+
 def products(
-    parts: Sequence[Tensor], whole: Tensor | None, vectors: Sequence[Tensor], factor: Tensor | float | None
-) -> tuple[list[Tensor], Tensor, Tensor]:
-    """With q = factor * v for every vector v: <g_i, q> by part, [vectors, examples]; <G, q> and <q, q>, [vectors].
+    parts: Sequence[Tensor],
+    whole: Tensor | None,
+    vectors: Sequence[Tensor],
+    factor: Tensor | float | None,
+    rounded: bool = False,
+) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
+    """With q = factor * v for every vector v: <g_i, q> by part, [vectors, examples]; <G, q>, <q, q> and the sum of
+    (G q)^2, [vectors].
 
     All in float64. Every number is read once, in blocks that fit a processor's cache, in which q is made.
 
     Args:
-        parts: g, [examples, *shape] each. whole: G, or None, for which the other two results are zero.
+        parts: g, [examples, *shape] each. whole: G, or None, for which the other results are zero.
+        rounded: find the sum of (G q)^2; else it is zero.
     """
     K, device = len(vectors), (vectors or parts)[0].device
     found = [torch.zeros(K, len(g), dtype=torch.float64, device=device) for g in parts]
-    inner, squares = torch.zeros(2, K, dtype=torch.float64, device=device)
+    inner, squares, both = torch.zeros(3, K, dtype=torch.float64, device=device)
     if not vectors or not vectors[0].numel():
-        return found, inner, squares
-    flat, rows, dtype = [v.reshape(-1) for v in vectors], [g.reshape(len(g), -1) for g in parts], vectors[0].dtype
+        return found, inner, squares, both
+    flat, rows, dtype = [v.reshape(-1) for v in vectors], [g.reshape(len(g), -1) for g in parts], wide(vectors[0].dtype)
     G = None if whole is None else whole.reshape(-1)
     times = factor.reshape(-1) if isinstance(factor, Tensor) and factor.ndim else None
     size = min(len(flat[0]), _ENTRIES if device.type == "cpu" else _WHOLE)
@@ -166,17 +190,21 @@ def products(
     room = None if as_is else torch.empty(K, size, dtype=dtype, device=device)
     for begin in range(0, len(flat[0]), size):
         some = slice(begin, min(begin + size, len(flat[0])))
-        q = flat[0][some][None] if room is None else room[:, : some.stop - begin]
+        q = flat[0][some].to(dtype)[None] if room is None else room[:, : some.stop - begin]
         if room is not None:
             for v, into in zip(flat, q, strict=True):
-                torch.mul(v[some], times[some], out=into) if times is not None else into.copy_(v[some])
+                torch.mul(v[some].to(dtype), times[some], out=into) if times is not None else into.copy_(v[some])
         for g, into in zip(rows, found, strict=True):
-            # under autocast g is in lower precision: a product in it would lose digits
+            # a product in lower precision would lose digits
             block = g[:, some].to(device, dtype)
             into += (block @ q[0])[None] if K == 1 else q @ block.T
         if G is not None:
-            inner += q @ G[some]
+            received = G[some].to(dtype)
+            inner += q @ received
             squares += torch.dot(q[0], q[0]) if K == 1 else torch.linalg.vector_norm(q, dim=1).double().square()
+            if rounded:
+                both += torch.linalg.vector_norm(q * received, dim=1).double().square()
     if factor is not None and times is None:
-        found, inner, squares = [x * factor for x in found], inner * factor, squares * factor**2
-    return found, inner, squares
+        found = [x * factor for x in found]
+        inner, squares, both = inner * factor, squares * factor**2, both * factor**2
+    return found, inner, squares, both

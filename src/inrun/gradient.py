@@ -27,13 +27,23 @@ BY_VALUE = (
 )
 
 
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The precision in which numbers of this one are multiplied and added up: float32 at least."""
+    return torch.float32 if dtype.itemsize < 4 else dtype
+
+
 def square(x: Tensor, copy: Tensor | None = None) -> Tensor:
     """<x, x> in float64, in parts that fit a processor's cache; each is written to `copy` on the way."""
     parts = torch.split(x.reshape(-1), _PART)
     if copy is not None:
         for part, there in zip(parts, torch.split(copy.view(-1), _PART), strict=True):
             there.copy_(part)
-    return torch.stack([torch.dot(part, part) for part in parts]).sum(dtype=torch.float64)
+    return torch.stack([_dot(part, part) for part in parts]).sum(dtype=torch.float64)
+
+
+def _dot(x: Tensor, y: Tensor) -> Tensor:
+    """<x, y>, of which float16 may have no number."""
+    return torch.dot(x.to(wide(x.dtype)), y.to(wide(y.dtype)))
 
 
 def sample(x: Tensor) -> Tensor:
@@ -240,12 +250,12 @@ def _factor(raw: Tensor, received: Tensor, size: Tensor | None = None) -> float 
     if raw.shape != received.shape or not raw.is_contiguous() or not received.is_contiguous():
         return None
     parts = list(zip(torch.split(raw.view(-1), _PART), torch.split(received.view(-1), _PART), strict=True))
-    squares = float(sum(torch.dot(x, x).double() for x, _ in parts))
-    products = float(sum(torch.dot(x, y).double() for x, y in parts))
+    squares = float(sum(_dot(x, x).double() for x, _ in parts))
+    products = float(sum(_dot(x, y).double() for x, y in parts))
     if squares == 0 or not math.isfinite(squares) or not math.isfinite(products):
         return math.nan if squares == 0 and not bool(raw.any()) and not bool(received.any()) else None
     factor = products / squares
-    left = math.hypot(*(float(torch.sub(y, x, alpha=factor).norm()) for x, y in parts))
+    left = math.hypot(*(float(torch.sub(y, x, alpha=factor).norm(dtype=wide(x.dtype))) for x, y in parts))
     length = math.sqrt(squares) if size is None else float(size.double().norm())
     return factor if left <= 16 * torch.finfo(raw.dtype).eps * abs(factor) * length else None
 

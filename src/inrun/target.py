@@ -51,6 +51,19 @@ def uncompiled() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def saved_plainly() -> Iterator[None]:
+    """A graph made inside the block saves its tensors as they are, whatever is around it: an activation checkpoint of
+    the whole model would take them for the model's own.
+    """
+    with torch.autograd.graph.saved_tensors_hooks(_itself, _itself):
+        yield
+
+
+def _itself(x: Tensor) -> Tensor:
+    return x
+
+
 class Evaluation:
     """Runs a model in eval mode (or, with `evaluate=False`, in the mode it is in) and leaves it as it was.
 

@@ -112,10 +112,10 @@ class Account:
             if not bool(values[k].isfinite().all()):
                 raise NonFiniteError(f"a value for target {name!r} is not finite")
             where = f"step {step}, target {name!r}"
-            seen, size, expected, lengths = (
-                x[k] for x in (through.seen, through.size, through.expected, through.lengths)
+            seen, size, expected, lengths, rounding = (
+                x[k] for x in (through.seen, through.size, through.expected, through.lengths, through.rounding)
             )
-            conservation = check_conservation(self._groups, seen, size, expected, lengths, through.coarse, where)
+            conservation = check_conservation(self._groups, seen, size, expected, lengths, rounding, where)
             valued.step.values[name], valued.step.losses[name] = values[k], direction.loss
             valued.rows[name] = {
                 "loss": direction.loss,

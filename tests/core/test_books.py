@@ -2,17 +2,19 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim import SGD, AdamW
+from torch.optim import SGD, AdamW, Optimizer
 
 from inrun import Attributor, ConservationError, InrunError, Ledger
 from inrun.books import groups_of
 from inrun.capture import find_units
-from tests.models import CASES, GPT, class_losses, mlp, vectors
+from inrun.kernels import Kernel
+from tests.models import CASES, GPT, class_losses, mlp, tokens, vectors
 
 
 class Hidden(nn.Module):
@@ -41,6 +43,77 @@ def test_a_parameter_read_without_calling_its_module_is_named() -> None:
     with pytest.raises(ConservationError, match=r"unseen\.weight, unseen\.bias.*F\.linear.*freeze"):
         attributed_step(model, lambda: class_losses(model, vectors(4, 0)).mean())
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())  # before any harm
+
+
+class UsedTwice(GPT):
+    """Reads two weights once more, past their modules, where there are as many others as in a real model."""
+
+    unseen = True
+
+    def __init__(self) -> None:
+        super().__init__(width=64, heads=4, positions=40)
+
+    def forward(self, tokens_BT: Tensor) -> Tensor:
+        x = self.wte(tokens_BT) + self.wpe(torch.arange(tokens_BT.shape[1]))
+        for block in self.h:
+            x = block(x)
+        if self.unseen:
+            mlp: Any = self.h[0].mlp
+            x = x + F.linear(torch.tanh(F.linear(x, mlp[0].weight)), mlp[2].weight)
+        return torch.as_tensor(self.lm_head(self.ln_f(x)))
+
+
+@pytest.mark.parametrize(("kernel", "kind"), [("tangent", AdamW), ("perexample", AdamW), ("ghost", SGD)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_an_unseen_use_stands_out_of_half_precisions_rounding(
+    dtype: torch.dtype, kernel: Kernel, kind: type[Optimizer]
+) -> None:
+    """Within a few steps; and with no unseen use none is found."""
+    for unseen in (False, True):
+        torch.manual_seed(0)
+        model = UsedTwice().to(dtype)
+        model.unseen = unseen
+        # eps: the default is zero in float16
+        settings: dict[str, Any] = {"eps": 1e-4} if kind is AdamW else {}
+        optimizer = kind(model.parameters(), lr=1e-3, **settings)  # type: ignore[call-arg]
+        scheme: Any = "first" if kind is SGD else "path"
+        attributor = Attributor(model, optimizer, {"t": tokens(4, 90, 33)}, float_loss, scheme=scheme, kernel=kernel)
+        problem = None
+        for step in range(5):
+            with attributor.batch(range(8)):
+                float_loss(model, tokens(8, step, 33)).backward()
+            try:
+                optimizer.step()
+            except ConservationError as error:
+                problem = problem or error
+                attributor.discard()
+            optimizer.zero_grad()
+        assert (problem is not None) == unseen
+        assert not unseen or "mlp" in str(problem)
+
+
+def float_loss(model: nn.Module, batch: Tensor) -> Tensor:
+    return torch.as_tensor(F.cross_entropy(model(batch[:, :-1]).float().transpose(1, 2), batch[:, 1:]))
+
+
+def test_a_gradient_whose_square_is_no_number_of_float16() -> None:
+    model = nn.Linear(6, 3).half()
+    optimizer = SGD(model.parameters(), lr=1e-6)
+    batch = vectors(4, 0)[0].half()
+
+    def loss(model: nn.Module, batch: Tensor) -> Tensor:
+        return torch.as_tensor((1000 * model(batch).float()).mean())
+
+    kernels: list[Kernel] = ["tangent", "perexample"]
+    for kernel in kernels:
+        attributor = Attributor(model, optimizer, {"t": batch}, loss, scheme="first", kernel=kernel)
+        with attributor.batch(range(4)):
+            loss(model, batch).backward()
+        assert model.weight.grad is not None
+        assert float(model.weight.grad.norm(dtype=torch.float32)) > 256
+        optimizer.step()
+        optimizer.zero_grad()
+        attributor.close()
 
 
 def test_a_penalty_on_the_weights_in_the_loss_is_named() -> None:

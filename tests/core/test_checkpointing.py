@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW
 from torch.utils.checkpoint import checkpoint
 
-from inrun import Attributor
+from inrun import Attributor, InrunError
 from inrun.kernels import Kernel
 from inrun.oracle import per_example_gradients
 from tests.models import CASES, GPT, VOCABULARY, Case, hugging_face_gpt2, token_losses, tokens
@@ -112,6 +112,68 @@ def test_first_under_sgd(reentrant: bool, kernel: Kernel) -> None:
     wanted = contracted(model, g, q)
     assert attributor.last is not None
     torch.testing.assert_close(attributor.last.values["t"], wanted, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("kernel", ["tangent", "perexample", "ghost"])
+def test_a_whole_model_that_is_checkpointed(kernel: Kernel) -> None:
+    """The target's gradient is taken inside of it, under `first` with SGD, and is none of its business."""
+    case = CASES["gpt"]
+    torch.manual_seed(0)
+    model = case.build()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    target, batch = case.batch(3, 90), case.batch(4, 1)
+    g = per_example_gradients(model, case.parts(batch, 4))
+    with Attributor(model, optimizer, {"t": target}, case.loss, scheme="first", kernel=kernel) as attributor:
+        with attributor.batch(range(4)):
+            case.loss(partial(checkpoint, model, use_reentrant=False), batch).backward()  # type: ignore[arg-type]
+        q = reference_direction(model, optimizer, case.at(target), "first", 1)
+        optimizer.step()
+    assert attributor.last is not None
+    torch.testing.assert_close(attributor.last.values["t"], contracted(model, g, q), rtol=1e-9, atol=1e-12)
+
+
+class TwoLayouts(nn.Module):
+    """One layer, in one checkpointed part, first for every example's tokens and then for positions, which have none."""
+
+    def __init__(self, positions: int) -> None:
+        super().__init__()
+        self.embedding, self.block = nn.Embedding(VOCABULARY, 8), nn.Linear(8, 8)
+        self.head, self.positions = nn.Linear(8, VOCABULARY), positions
+        self.place: Tensor
+        self.register_buffer("place", torch.randn(positions, 8))
+
+    def part(self, x: Tensor) -> Tensor:
+        first, tokens = torch.tanh(self.block(x[:, 0])), torch.tanh(self.block(x))
+        places = torch.as_tensor(self.block(self.place))
+        return tokens + places if self.positions == x.shape[1] else (tokens + first[:, None]) * places.mean()
+
+    def forward(self, tokens_BT: Tensor) -> Tensor:
+        x = self.embedding(tokens_BT)
+        x = checkpoint(self.part, x, use_reentrant=False) if self.training else self.part(x)
+        return torch.as_tensor(self.head(x))
+
+
+@pytest.mark.parametrize("kernel", ["tangent", "perexample", "auto"])
+def test_a_unit_whose_calls_are_laid_out_otherwise_each_time(kernel: Kernel) -> None:
+    for positions, told in ((6, True), (4, False)):
+        case = Case(partial(TwoLayouts, positions), tokens, token_losses)
+        torch.manual_seed(0)
+        model = case.build()
+        optimizer = AdamW(model.parameters(), lr=1e-3)
+        target, batch = case.batch(3, 90), case.batch(4, 1)
+        g = per_example_gradients(model.eval(), case.parts(batch, 4))
+        model.train()
+        with Attributor(model, optimizer, {"t": target}, case.loss, kernel=kernel) as attributor:
+            if not told:  # as many positions as examples
+                with pytest.raises(InrunError, match="block is called several times"), attributor.batch(range(4)):
+                    case.loss(model, batch).backward()
+                continue
+            with attributor.batch(range(4)):
+                case.loss(model, batch).backward()
+            q = reference_direction(model, optimizer, case.at(target), "path", 1)
+            optimizer.step()
+        assert attributor.last is not None
+        torch.testing.assert_close(attributor.last.values["t"], contracted(model, g, q), rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

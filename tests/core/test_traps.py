@@ -2,6 +2,7 @@
 
 import copy
 import io
+import warnings
 from contextlib import nullcontext
 from enum import Enum
 from typing import Any
@@ -11,8 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import SGD, AdamW, Optimizer
+from torch.optim.swa_utils import AveragedModel
 
 from inrun import Attributor, ConservationError, InrunError
+from inrun.kernels import Kernel
 from inrun.oracle import per_example_gradients
 from tests.models import CASES, VOCABULARY, Case, class_losses, mlp, token_losses, tokens, vectors
 from tests.reference import contracted, reference_direction
@@ -287,14 +290,53 @@ def test_a_tied_hugging_face_head_with_a_bias_of_its_own() -> None:
     check(Case(build, tokens, token_losses), [tokens(4, 0), tokens(7, 1)])
 
 
-def test_weight_norm_is_exact_or_refused() -> None:
-    """Its weight is computed from two parameters by a module without example rows: no value can be told apart."""
+@pytest.mark.parametrize("kind", ["weight_norm", "orthogonal", "spectral_norm"])
+def test_a_parametrized_weight_is_refused_unless_it_is_frozen(kind: str) -> None:
+    """It is computed from other parameters by a module without example rows: no value can be told apart."""
+    make = getattr(nn.utils.parametrizations, kind)
 
+    def build(frozen: bool) -> nn.Module:
+        layer = make(nn.Linear(6, 5))
+        layer.parametrizations.requires_grad_(not frozen)
+        return nn.Sequential(layer, nn.Tanh(), nn.Linear(5, 3))
+
+    with pytest.raises(InrunError, match=r"0\.parametrizations\.weight: .*remove_parametrizations"):
+        check(Case(lambda: build(False), vectors, class_losses), [vectors(4, 0)])
+    if kind != "spectral_norm":  # whose power iteration changes with every forward
+        check(Case(lambda: build(True), vectors, class_losses), [vectors(4, 0)])
+
+
+def test_a_weight_that_is_a_buffer_is_not_taken_for_a_parameter() -> None:
     def build() -> nn.Module:
-        return nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(6, 3)))
+        model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
+        for name in ("weight", "bias"):
+            layer = model[0] if name == "weight" else model[2]
+            value = getattr(layer, name).detach()
+            delattr(layer, name)
+            layer.register_buffer(name, value)
+        return model
 
-    with pytest.raises(InrunError, match="weight"):
-        check(Case(build, vectors, class_losses), [vectors(4, 0)])
+    check(Case(build, vectors, class_losses), [vectors(4, 0)])
+
+
+@pytest.mark.parametrize("kernel", ["tangent", "perexample", "auto"])
+def test_a_gradient_penalty_is_refused(kernel: Kernel) -> None:
+    model, optimizer, attributor = setting(kernel=kernel)
+    x, y = vectors(4, 0)
+
+    def penalised() -> None:
+        with attributor.batch(range(4)):
+            loss = class_losses(model, (x.requires_grad_(), y)).mean()
+            (gradient,) = torch.autograd.grad(loss, x, create_graph=True)
+            (loss + gradient.square().sum()).backward()
+        optimizer.step()
+
+    with pytest.raises(InrunError, match="gradient penalty"):
+        penalised()
+    model, optimizer, attributor = setting(kernel=kernel)
+    with attributor.batch(range(4)), warnings.catch_warnings(action="ignore"):
+        class_losses(model, (x, y)).mean().backward(create_graph=True)  # of no use, and no harm
+    optimizer.step()
 
 
 def test_evaluating_between_backward_and_step_changes_nothing() -> None:
@@ -324,17 +366,45 @@ def test_a_copy_or_a_pickle_of_an_attached_model_is_free_of_it() -> None:
     stored.seek(0)
     again = torch.load(stored, weights_only=False)
     assert torch.equal(again(vectors(4, 0)[0]), twin(vectors(4, 0)[0]))
+    for free in (twin, again, AveragedModel(model).module):
+        anew = SGD(free.parameters(), lr=0.1)
+        own = Attributor(free, anew, {"t": vectors(3, 1)}, lambda m, b: class_losses(m, b).mean(), kernel="perexample")
+        anew.zero_grad()
+        backward(free, own)
+        assert {call.how for call in own._kernels.calls} == {"fused", "formed"}  # as of a model of its own
+        anew.step()
 
 
-def test_two_attributors_on_one_model_do_not_disturb_each_other() -> None:
-    model, optimizer, attributor = setting()
-    other = Attributor(model, optimizer, {"t": vectors(3, 1)}, lambda m, b: class_losses(m, b).mean(), scheme="first")
-    for _ in range(2):
-        with attributor.batch(range(4)), other.batch(range(4)):
-            class_losses(model, vectors(4, 0)).mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    assert attributor.step == other.step == 2
+@pytest.mark.parametrize("kernel", ["tangent", "perexample", "ghost", "auto"])
+@pytest.mark.parametrize("name", ["mlp", "convolutional", "gpt", "lstm"])
+def test_two_attributors_on_one_model_do_not_disturb_each_other(name: str, kernel: Kernel) -> None:
+    """Whichever of them could form gradients alone; and when the first has gone, the second can."""
+    case = CASES[name]
+    torch.manual_seed(0)
+    model = case.build()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    targets = {"t": case.batch(3, 99)}
+    first = Attributor(model, optimizer, targets, case.loss, scheme="first", kernel=kernel)
+    for other in ("tangent", kernel):
+        second = Attributor(model, optimizer, targets, case.loss, scheme="first", kernel=other)
+        for step in range(2):
+            g = per_example_gradients(model, case.parts(case.batch(4, step), 4))
+            with first.batch(range(4)), second.batch(range(4)):
+                case.loss(model, case.batch(4, step)).backward()
+            q = reference_direction(model, optimizer, case.at(targets["t"]), "first", 1)
+            optimizer.step()
+            optimizer.zero_grad()
+            for attributor in (first, second):
+                assert attributor.last is not None
+                found = attributor.last.values["t"]
+                torch.testing.assert_close(found, contracted(model, g, q), rtol=1e-8, atol=1e-13)
+        first.close()
+        first = second
+    with first.batch(range(4)):
+        case.loss(model, case.batch(4, 5)).backward()
+    if kernel in ("perexample", "ghost"):
+        assert {call.how for call in first._kernels.calls} - {"tangent", "formed"}
+    optimizer.step()
 
 
 def test_an_unseen_use_is_found_in_half_precision_too() -> None:

@@ -7,7 +7,7 @@ all units add up to <g_i, q>, those of shared parameters included, since q is th
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
 import torch
@@ -16,20 +16,21 @@ from torch.utils._pytree import tree_flatten
 
 from inrun.captured import Call, Captured
 from inrun.direction import Direction
-from inrun.formed import products, shares
-from inrun.gradient import Received
+from inrun.formed import crossed, products, shares
+from inrun.gradient import Received, wide
 from inrun.tangent.fused import formed_late
 from inrun.tangent.rules import has_closed_form, tangent
 
 _Targets = slice | Sequence[int]  # a slice, if it is all of them, costs less
 _ALL = slice(None)
+_FINE = torch.finfo(torch.float32)
 
 
 @dataclass
 class Contracted:
     """phi_i by target, float64 [targets, examples], in nats. For the books, by target and group of units, [targets,
     groups]: what came through the group and the size of its parts, zero if nothing did; <G, q>, which it should be, and
-    |G| |q|; and the groups of which the training's own gradient was summed in half precision.
+    |G| |q|; and, where half precision was used, what one rounding of every number may change.
     """
 
     values: Tensor
@@ -37,14 +38,14 @@ class Contracted:
     size: Tensor
     expected: Tensor
     lengths: Tensor
-    coarse: set[int] = field(default_factory=set)
+    rounding: Tensor
 
     @classmethod
     def nothing(cls, targets: int, examples: int, groups: int, device: torch.device) -> "Contracted":
         def zeros(n: int) -> Tensor:
             return torch.zeros(targets, n, dtype=torch.float64, device=device)
 
-        return cls(zeros(examples), zeros(groups), zeros(groups), zeros(groups), zeros(groups))
+        return cls(zeros(examples), *(zeros(groups) for _ in range(5)))
 
     def add(self, shares: Tensor, size: Tensor, group: int, examples: slice, targets: _Targets) -> None:
         """The shares of some examples, [targets, examples], that came through a group."""
@@ -74,6 +75,7 @@ def contract(
     ends = list(accumulate((batch.examples for batch in batches), initial=0))
     found = Contracted.nothing(len(directions), ends[-1], groups, device)
     places = [slice(begin, end) for begin, end in pairwise(ends)]
+    halves = _precisions(batches, group_of)
     for p, group in group_of.items():
         depending = [k for k, direction in enumerate(directions) if p in direction.vectors]
         if depending:
@@ -85,19 +87,51 @@ def contract(
                 if p in batch.formed.kept
             ]
             vectors = [directions[k].vectors[p] for k in depending]
-            parts, inner, squares = products([g for g, _ in kept], received.made.get(p), vectors, factor)
+            of = [g for g, _ in kept]
+            parts, inner, squares, both = products(of, received.made.get(p), vectors, factor, group in halves)
             for part, (_, place) in zip(parts, kept, strict=True):
                 found.add(part, part.abs().sum(dim=1), group, place, towards)
             if p in received.made:
                 found.expected[towards, group] += inner
                 found.lengths[towards, group] += squares.sqrt() * received.squares[p].sqrt()
+            if group in halves:
+                # relative to a number, and of the smallest ones by themselves
+                eps, least = halves[group].eps, halves[group].eps * halves[group].smallest_normal
+                found.rounding[towards, group] += eps * both.sqrt() + least * squares.sqrt()
+                if any(p in batch.formed.coarse for batch in batches) or (p.dtype.itemsize < 4 and len(kept) > 1):
+                    # the terms of G were rounded on their way, too
+                    q = [directions[k].q(p) if scales is None else directions[k].q(p) * scales[p] for k in depending]
+                    for g, _ in kept:
+                        found.rounding[towards, group] += eps * crossed(g, q).sqrt()
     for batch, place in zip(batches, places, strict=True):
-        found.coarse |= {group_of[p] for p in batch.formed.coarse}
         for p, with_vectors in batch.formed.paid.items():
             part = with_vectors * paid[p]
             found.add(part, part.abs().sum(dim=1), group_of[p], place, _ALL)
+            if p in batch.formed.crossed:
+                rounding = halves[group_of[p]].eps * batch.formed.crossed[p].sqrt()
+                found.rounding[:, group_of[p]] += (rounding * paid[p]).abs()
         for call in batch.calls:
             _contract_call(call, batch.examples, directions, scales, group_of, found, place)
+    return found
+
+
+def _precisions(batches: Sequence[Captured], group_of: Mapping[nn.Parameter, int]) -> dict[int, torch.finfo]:
+    """By group whose gradients were made in half precision: the coarsest."""
+    found: dict[int, torch.finfo] = {}
+
+    def see(p: nn.Parameter, dtype: torch.dtype) -> None:
+        if dtype.itemsize < 4:
+            found[group_of[p]] = max(found.get(group_of[p], _FINE), torch.finfo(dtype), key=lambda of: of.eps)
+
+    for p in group_of:
+        see(p, p.dtype)
+    for batch in batches:
+        for p, dtype in batch.formed.coarse.items():
+            see(p, dtype)
+        for call in batch.calls:
+            for gradient in call.gradients:
+                if gradient is not None:
+                    see(next(iter(call.unit.parameters.values())), gradient.dtype)
     return found
 
 
@@ -116,8 +150,6 @@ def _contract_call(
 ) -> None:
     parameters = call.unit.parameters
     group = group_of[next(iter(parameters.values()))]
-    if any(g is not None and g.element_size() < 4 for g in call.gradients):
-        found.coarse.add(group)
     everyone = range(len(directions))
 
     def towards(k: int) -> dict[str, Tensor]:
@@ -130,35 +162,45 @@ def _contract_call(
         q = [towards(k) for k in everyone]
         names = {p: name for name, p in parameters.items()}
         for p, rows, g in formed_late(call, examples):
-            part = shares(g, [of[names[p]][rows] if names[p] in of else torch.zeros_like(p[rows]) for of in q])
+            vectors = [of[names[p]][rows] if names[p] in of else torch.zeros_like(p[rows]) for of in q]
+            part = shares(g, vectors)
             found.add(part, part.abs().sum(dim=1), group, place, _ALL)
+            if g.dtype.itemsize < 4:
+                found.rounding[:, group] += torch.finfo(g.dtype).eps * crossed(g, vectors).sqrt()
         return
     for k in everyone:
         direction = towards(k)
         if direction:
-            mine, size = _contract_tangent(call, direction, examples)
+            mine, size, rounding = _contract_tangent(call, direction, examples)
             found.add(mine[None] if mine.ndim else mine, size, group, place, [k])
+            found.rounding[k, group] += rounding
 
 
-def _contract_tangent(call: Call, direction: Mapping[str, Tensor], examples: int) -> tuple[Tensor, Tensor]:
+def _contract_tangent(call: Call, direction: Mapping[str, Tensor], examples: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The shares of the examples, the size of their parts, and what one rounding of every number may change."""
     scale = 1.0
-    if call.autocast == torch.float16:  # which has no numbers as small as q is
+    own = call.unit.parameters
+    if torch.float16 in (call.autocast, *(p.dtype for p in own.values())):  # it has no numbers as small as q is
         largest = max(float(q.abs().max()) if q.numel() else 0.0 for q in direction.values())
         scale = 2.0 ** -math.frexp(largest)[1] if largest else 1.0
-        direction = {name: q * scale for name, q in direction.items()}
+    direction = {name: (q * scale).to(own[name].dtype) for name, q in direction.items()}
     args, kwargs = call.inputs()
     with call.again():
         leaves, _ = tree_flatten(tangent(call.unit.module, direction, args, kwargs, call.random_state))
     anew = has_closed_form(call.unit.module)  # it makes its output so
-    shares, magnitude = torch.zeros((), dtype=torch.float64), torch.zeros(())
+    shares, magnitude, rounding = torch.zeros((), dtype=torch.float64), torch.zeros(()), torch.zeros(())
     for towards, rows, gradient, norm in zip(leaves, call.rows, call.gradients, call.gradient_norms, strict=True):
         if gradient is not None and rows is not None:
             # a tangent without the example dimension is the same for all examples: it broadcasts as the output did
             gradient = gradient.to(call.device)
+            eps = max((torch.finfo(x.dtype).eps for x in (gradient, towards) if x.element_size() < 4), default=0.0)
+            towards, gradient = towards.to(wide(towards.dtype)), gradient.to(wide(gradient.dtype))
             magnitude = magnitude + norm * towards.expand_as(gradient).norm()
             if anew and towards.shape == gradient.shape and towards.dtype == gradient.dtype:
                 product = towards.mul_(gradient)  # new memory of this size costs more than the product
             else:
                 product = gradient * towards
+            if eps:
+                rounding = rounding + eps * product.norm()
             shares = shares + rows.per_example(product, examples).sum(dim=1).double()
-    return shares / scale, magnitude / scale
+    return shares / scale, magnitude / scale, rounding / scale

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from inrun.captured import Call
+from inrun.errors import InrunError
 from inrun.rows import Rows
 from inrun.tangent.convolution import per_example_convolution
 from inrun.tangent.per_example import rows_in_and_out
@@ -203,13 +204,34 @@ class _Fused(Function):
         return y.detach()  # as neither a view nor the same, what follows may work in place on it
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, b: Tensor) -> tuple[Tensor | None, ...]:
         layer: _Layer = ctx.layer
         x, weight = ctx.saved_tensors
         _, needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
-        with torch.autocast(b.device.type, enabled=False):
+        with torch.no_grad(), torch.autocast(b.device.type, enabled=False):
             to_x = layer.to_input(x, b, weight.to(b.dtype)) if needs_x else None
             to_weight = layer.to_weight(x, b) if needs_weight else None
             to_bias = layer.to_bias(b) if needs_bias else None
-        return None, to_x, to_weight, to_bias, None
+        found = (None, to_x, to_weight, to_bias, None)
+        if not torch.is_grad_enabled():
+            return found
+        of = layer.module, b, x, weight
+        return tuple(None if g is None else _Once.apply(g, *of) for g in found)  # type: ignore[no-untyped-call]
+
+
+class _Once(Function):
+    """A gradient that cannot be differentiated itself."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, module: nn.Module, *of: Tensor) -> Tensor:
+        ctx.module = module
+        return gradient.detach()
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> None:
+        raise InrunError(
+            f"{ctx.module}: a gradient that came through this layer was differentiated itself inside a `batch` (a "
+            "gradient penalty, with create_graph=True). What weights do there does not come through their layers' "
+            "outputs, so that no kernel can tell the examples apart. Leave the penalty out, freeze the layers that it "
+            "reaches (requires_grad_(False)), or detach() to train on unattributed."
+        )

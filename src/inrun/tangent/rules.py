@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Generic, TypeVar
 
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from inrun.tangent.generic import RandomState, forward_mode
 
@@ -36,8 +37,9 @@ class Rules(Generic[R]):
 
     def of(self, module: nn.Module) -> R | None:
         """The rule for this module, None if there is none for its type, or for one that it computes the same as."""
-        if not set(module._parameters) <= {"weight", "bias"}:
-            return None  # reparametrised by a hook (weight norm): not linear in what it owns
+        elsewhere = {"weight", "bias"} & {*module._buffers, *vars(module)}
+        if not set(module._parameters) <= {"weight", "bias"} or elsewhere or is_parametrized(module):
+            return None  # weight norm, or a weight that is a buffer: not linear in what it owns
         for kind in type(module).__mro__:
             if not all(getattr(type(module), name, None) is getattr(kind, name, None) for name in _COMPUTES):
                 return None
