@@ -183,7 +183,7 @@ def _contract_tangent(call: Call, direction: Mapping[str, Tensor], examples: int
     if torch.float16 in (call.autocast, *(p.dtype for p in own.values())):  # it has no numbers as small as q is
         largest = max(float(q.abs().max()) if q.numel() else 0.0 for q in direction.values())
         scale = 2.0 ** -math.frexp(largest)[1] if largest else 1.0
-    direction = {name: (q * scale).to(own[name].dtype) for name, q in direction.items()}
+    direction = {name: (q if scale == 1.0 else q * scale).to(own[name].dtype) for name, q in direction.items()}
     args, kwargs = call.inputs()
     with call.again():
         leaves, _ = tree_flatten(tangent(call.unit.module, direction, args, kwargs, call.random_state))
