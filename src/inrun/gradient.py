@@ -116,7 +116,9 @@ class Received:
         """The squared norms of the gradients that the optimizers receive, by parameter."""
         now = {p: moves[p].gradient if p in moves else None for p in self._names}
         self._changed = any(self._differs(p, gradient) for p, gradient in now.items())
-        self._looked, self._touched = True, self._touched or self._changed
+        # clipping by norm writes to the gradients at every step, be it a factor of one
+        moved = any(p in self._marks and not self._marks[p].is_at(gradient) for p, gradient in now.items())
+        self._looked, self._touched = True, self._touched or self._changed or moved
         if self._copying and not self._changed:
             return dict(self.squares)
         found = {p: square(moved.gradient) for p, moved in moves.items()}
@@ -237,13 +239,17 @@ class _Mark:
         self.some = sample(gradient)
         self._at = gradient.data_ptr(), gradient._version
 
+    def is_at(self, gradient: Tensor | None) -> bool:
+        """Whether it is that gradient, and nobody has openly written to it."""
+        return gradient is not None and (gradient.data_ptr(), gradient._version) == self._at
+
     def is_of(self, gradient: Tensor) -> bool:
         """Whether it is that gradient, and seems not to have changed."""
-        return (gradient.data_ptr(), gradient._version) == self._at and _same(sample(gradient), self.some)
+        return self.is_at(gradient) and _same(sample(gradient), self.some)
 
 
 def _factor(raw: Tensor, received: Tensor, size: Tensor | None = None) -> float | None:
-    """The number that makes one tensor the other, to rounding; NaN if both are zero, None if there is none.
+    """The number that makes one tensor the other, to rounding; NaN if that could be any, None if there is none.
 
     `size`: what the rounding of each entry is relative to, if not the entry itself.
     """
@@ -254,10 +260,13 @@ def _factor(raw: Tensor, received: Tensor, size: Tensor | None = None) -> float 
     products = float(sum(_dot(x, y).double() for x, y in parts))
     if squares == 0 or not math.isfinite(squares) or not math.isfinite(products):
         return math.nan if squares == 0 and not bool(raw.any()) and not bool(received.any()) else None
-    factor = products / squares
+    rounding = 16 * torch.finfo(raw.dtype).eps * (math.sqrt(squares) if size is None else float(size.double().norm()))
+    if size is not None and math.sqrt(squares) <= rounding:
+        return math.nan  # nothing is left of it
+    # in the precision in which it was multiplied with, so that a power of two comes out as one
+    factor = float(torch.tensor(products / squares, dtype=wide(raw.dtype)))
     left = math.hypot(*(float(torch.sub(y, x, alpha=factor).norm(dtype=wide(x.dtype))) for x, y in parts))
-    length = math.sqrt(squares) if size is None else float(size.double().norm())
-    return factor if left <= 16 * torch.finfo(raw.dtype).eps * abs(factor) * length else None
+    return factor if left <= abs(factor) * rounding else None
 
 
 def _in_words(x: Tensor) -> bool:
