@@ -16,6 +16,7 @@ from inrun.gradient import wide
 from inrun.probe import Unit
 from inrun.tangent.ghost import Pair
 
+EVERYONE = slice(None)
 _ENTRIES = 2**17  # of each vector are looked at together: they fit a processor's cache
 _WHOLE = 2**24  # elsewhere
 
@@ -82,12 +83,12 @@ class Formed:
         """Whether g_i is kept, not contracted at once."""
         return self.ahead is None
 
-    def room(self, p: nn.Parameter, rows: slice, dtype: torch.dtype) -> Tensor:
-        """Where to write [examples, *shape] for these rows of the parameter."""
-        shape = (self.examples, rows.stop - rows.start, *p.shape[1:])
+    def room(self, p: nn.Parameter, examples: int, rows: slice, dtype: torch.dtype) -> Tensor:
+        """Where to write [examples, *shape] for so many examples and these rows of the parameter."""
+        shape = (examples, rows.stop - rows.start, *p.shape[1:])
         lasting = self.ahead is None and p not in self.kept and p in self._trained
         key = p if lasting else None
-        entries = self.examples * p[rows].numel()
+        entries = examples * p[rows].numel()
         held = self._pool.take(key, entries, p, dtype)
         if lasting:
             self._held.append((key, held))
@@ -95,8 +96,8 @@ class Formed:
             self._pool.give(key, held)  # it is read in `take`, before the next room is asked for
         return held[:entries].view(shape)
 
-    def take(self, p: nn.Parameter, rows: slice, g: Tensor) -> None:
-        """[examples, *shape] of these rows of the parameter."""
+    def take(self, p: nn.Parameter, rows: slice, g: Tensor, examples: slice = EVERYONE) -> None:
+        """[examples, *shape] of these examples and rows of the parameter."""
         if p not in self._trained:
             return
         if self.ahead is None:
@@ -110,14 +111,16 @@ class Formed:
                 self.kept[p] = g
             return
         vectors = [v.gradient[p][rows] if p in v.gradient else torch.zeros_like(p[rows]) for v in self.ahead]
-        self.pay(p, shares(g, vectors))
+        self.pay(p, shares(g, vectors), examples)
         if p in self.coarse:
             more = crossed(g, vectors)
             self.crossed[p] = self.crossed[p] + more if p in self.crossed else more
 
-    def pay(self, p: nn.Parameter, found: Tensor) -> None:
-        """<g_i, v>, [targets, examples]: a part of it."""
-        self.paid[p] = self.paid[p].add_(found) if p in self.paid else found
+    def pay(self, p: nn.Parameter, found: Tensor, examples: slice = EVERYONE) -> None:
+        """<g_i, v> of these examples, [targets, examples]: a part of it."""
+        if p not in self.paid:
+            self.paid[p] = found.new_zeros(len(found), self.examples)
+        self.paid[p][:, examples] += found
 
     def contributions(self) -> dict[nn.Parameter, Tensor]:
         """A copy of g_i in the parameters' own precision.

@@ -19,6 +19,7 @@ from torch.autograd import Function
 
 from inrun.captured import Call
 from inrun.errors import InrunError
+from inrun.formed import EVERYONE
 from inrun.rows import Rows
 from inrun.tangent.convolution import per_example_convolution
 from inrun.tangent.per_example import rows_in_and_out
@@ -27,15 +28,15 @@ from inrun.tangent.per_example import rows_in_and_out
 class Sink(Protocol):
     """Who takes every example's gradients."""
 
-    def room(self, p: nn.Parameter, rows: slice, dtype: torch.dtype) -> Tensor:
-        """Where to write [examples, *shape] for these rows of the parameter."""
+    def room(self, p: nn.Parameter, examples: int, rows: slice, dtype: torch.dtype) -> Tensor:
+        """Where to write [examples, *shape] for so many examples and these rows of the parameter."""
 
     @property
     def keeps(self) -> bool:
         """Whether it keeps what it takes; else it is done with it at once."""
 
-    def take(self, p: nn.Parameter, rows: slice, g: Tensor) -> None:
-        """[examples, *shape] of these rows of the parameter."""
+    def take(self, p: nn.Parameter, rows: slice, g: Tensor, examples: slice = EVERYONE) -> None:
+        """[examples, *shape] of these examples and rows of the parameter."""
 
 
 _ROOM = 2**25  # bytes formed at once where they are contracted at once
@@ -93,17 +94,16 @@ class _Layer(ABC):
         return x, b
 
     @abstractmethod
-    def of_weight(self, x: Tensor, b: Tensor, rows: slice, room: Tensor) -> Tensor:
-        """Every example's gradient of these rows of the weight, written to `room`."""
+    def of_weight(self, x: Tensor, b: Tensor, examples: slice, rows: slice, room: Tensor) -> Tensor:
+        """The gradient of these examples and these rows of the weight, written to `room`."""
 
     @abstractmethod
     def of_bias(self, b: Tensor, dtype: torch.dtype) -> Tensor:
         """Every example's gradient of the bias, added up in this precision."""
 
-    @property
-    def divides(self) -> bool:
-        """Whether some rows of the weight can be had without the others."""
-        return True
+    @abstractmethod
+    def parts(self, weight: nn.Parameter) -> list[tuple[slice, slice]]:
+        """The examples and the rows of the weight in parts of a moderate room."""
 
     def to_weight(self, x: Tensor, b: Tensor) -> Tensor:
         """The weight's gradient, the sum over the examples; their own go to the sink."""
@@ -112,11 +112,14 @@ class _Layer(ABC):
         assert sink is not None
         total = torch.empty_like(weight.detach(), memory_format=torch.contiguous_format)
         x, b = self.sides(x, b)
-        whole = sink.keeps or not self.divides
-        for rows in [slice(0, len(weight))] if whole else _parts(weight, self.examples):
-            g = self.of_weight(x, b, rows, sink.room(weight, rows, b.dtype))
-            torch.sum(g, dim=0, dtype=total.dtype, out=total[rows])
-            sink.take(weight, rows, g)
+        whole = [(slice(0, self.examples), slice(0, len(weight)))]
+        for some, rows in whole if sink.keeps else self.parts(weight):
+            g = self.of_weight(x, b, some, rows, sink.room(weight, some.stop - some.start, rows, b.dtype))
+            if some.start == 0:
+                torch.sum(g, dim=0, dtype=total.dtype, out=total[rows])
+            else:
+                total[rows] += g.sum(dim=0, dtype=total.dtype)
+            sink.take(weight, rows, g, some)
         return total
 
     def to_bias(self, b: Tensor) -> Tensor:
@@ -136,7 +139,11 @@ class _Linear(_Layer):
     def sides(self, x: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         return self.rows.by_features(x, self.examples), self.rows.by_features(b, self.examples)
 
-    def of_weight(self, x: Tensor, b: Tensor, rows: slice, room: Tensor) -> Tensor:
+    def parts(self, weight: nn.Parameter) -> list[tuple[slice, slice]]:
+        everyone = slice(0, self.examples)
+        return [(everyone, rows) for rows in _parts(len(weight), self.examples * weight.nbytes)]
+
+    def of_weight(self, x: Tensor, b: Tensor, examples: slice, rows: slice, room: Tensor) -> Tensor:
         return _products(self.module, x, b, rows, room)
 
     def of_bias(self, b: Tensor, dtype: torch.dtype) -> Tensor:
@@ -144,9 +151,9 @@ class _Linear(_Layer):
 
 
 class _Convolution(_Layer):
-    @property
-    def divides(self) -> bool:
-        return bool(self.module.groups == 1)  # rows are channels of the output, which belong together in groups
+    def parts(self, weight: nn.Parameter) -> list[tuple[slice, slice]]:
+        every_row = slice(0, len(weight))  # channels of the output, which want the same patches of the input
+        return [(some, every_row) for some in _parts(self.examples, self.examples * weight.nbytes)]
 
     def to_input(self, x: Tensor, b: Tensor, weight: Tensor) -> Tensor:
         module = self.module
@@ -163,10 +170,11 @@ class _Convolution(_Layer):
         )  # fmt: skip
         return torch.as_tensor(found)
 
-    def of_weight(self, x: Tensor, b: Tensor, rows: slice, room: Tensor) -> Tensor:
-        module = self.module
+    def of_weight(self, x: Tensor, b: Tensor, examples: slice, rows: slice, room: Tensor) -> Tensor:
+        module, entries = self.module, len(b) // self.examples
         assert isinstance(module, _CONVOLUTIONS)
-        return per_example_convolution(module, x, b[:, rows], ("weight",), len(b) // self.examples, room)["weight"]
+        some = slice(examples.start * entries, examples.stop * entries)
+        return per_example_convolution(module, x[some], b[some, rows], ("weight",), entries, room)["weight"]
 
     def of_bias(self, b: Tensor, dtype: torch.dtype) -> Tensor:
         return b.reshape(self.examples, -1, b.shape[1], b[0, 0].numel()).sum(dim=(1, 3), dtype=dtype)
@@ -177,7 +185,7 @@ def formed_late(call: Call, examples: int) -> Iterator[tuple[nn.Parameter, slice
     a_NRI, b_NRO = rows_in_and_out(call, examples)
     parameters = call.unit.parameters
     weight = parameters["weight"]
-    for part in _parts(weight, examples):
+    for part in _parts(len(weight), examples * weight.nbytes):
         yield weight, part, _products(call.unit.module, a_NRI.to(b_NRO.dtype), b_NRO, part)
     if "bias" in parameters:
         yield parameters["bias"], slice(None), b_NRO.sum(dim=1, dtype=parameters["bias"].dtype)
@@ -189,10 +197,10 @@ def _products(module: nn.Module, a_NRI: Tensor, b_NRO: Tensor, rows: slice, room
     return torch.bmm(left[:, :, rows].transpose(1, 2), right, out=room)
 
 
-def _parts(p: Tensor, examples: int) -> list[slice]:
-    """The rows of a parameter in parts, of which every example's gradients take a moderate room."""
-    n = max(1, -(-examples * p.nbytes // _ROOM))
-    bounds = [len(p) * k // n for k in range(n + 1)]
+def _parts(length: int, nbytes: int) -> list[slice]:
+    """[0, length) in parts that each take a moderate room, where all of it takes so many bytes."""
+    n = max(1, -(-nbytes // _ROOM))
+    bounds = [length * k // n for k in range(n + 1)]
     return [slice(begin, end) for begin, end in pairwise(bounds) if end > begin]
 
 
