@@ -41,6 +41,8 @@ class Sink(Protocol):
 
 _ROOM = 2**25  # bytes formed at once where they are contracted at once
 
+_SOME = 2**16  # entries of the weight that are added up at once, where their precision changes
+
 # linear layers by the full name of their type: whether the weight lies [in, out]
 _LINEAR_TYPES = {"torch.nn.modules.linear.Linear": False, "transformers.pytorch_utils.Conv1D": True}
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -116,7 +118,7 @@ class _Layer(ABC):
         for some, rows in whole if sink.keeps else self.parts(weight):
             g = self.of_weight(x, b, some, rows, sink.room(weight, some.stop - some.start, rows, b.dtype))
             if some.start == 0:
-                torch.sum(g, dim=0, dtype=total.dtype, out=total[rows])
+                _add_up(g, total[rows])
             else:
                 total[rows] += g.sum(dim=0, dtype=total.dtype)
             sink.take(weight, rows, g, some)
@@ -195,6 +197,16 @@ def _products(module: nn.Module, a_NRI: Tensor, b_NRO: Tensor, rows: slice, room
     """Every example's gradient of these rows of a linear layer's weight."""
     left, right = (a_NRI, b_NRO) if turned(module) else (b_NRO, a_NRI)
     return torch.bmm(left[:, :, rows].transpose(1, 2), right, out=room)
+
+
+def _add_up(g: Tensor, into: Tensor) -> None:
+    """Write the sum over the examples, in the precision of what is written to."""
+    if g.dtype == into.dtype or g.device.type != "cpu":
+        torch.sum(g, dim=0, dtype=into.dtype, out=into)
+        return
+    # the numbers are converted before they are added up: a few at a time stay in the cache
+    for some, there in zip(torch.split(g.flatten(1), _SOME, dim=1), torch.split(into.view(-1), _SOME), strict=True):
+        torch.sum(some, dim=0, dtype=into.dtype, out=there)
 
 
 def _parts(length: int, nbytes: int) -> list[slice]:
