@@ -27,6 +27,7 @@ from torch.optim import Optimizer
 from inrun.books import groups_of
 from inrun.capture import Capture, find_units, trained_parameters
 from inrun.captured import Captured
+from inrun.compiled import GRAPHS
 from inrun.credit import Credit
 from inrun.direction import displacements, scheme_of
 from inrun.errors import InrunError, NonFiniteError
@@ -39,7 +40,7 @@ from inrun.plan import Plan, plan_of
 from inrun.provenance import describe
 from inrun.scratch import Scratch, free_memory, gib
 from inrun.step import Microbatch, Step, as_ids
-from inrun.target import DOUBLE_BACKWARD, Evaluation, Loss, Target, saved_plainly, uncompiled
+from inrun.target import DOUBLE_BACKWARD, Evaluation, Loss, Target, saved_plainly
 from inrun.update import Moved, Update, check_move, update_of
 from inrun.valuation import Account, Valued, train_loss
 
@@ -115,13 +116,13 @@ class Attributor:
         nonfinite: Literal["stop", "skip"] = "stop",
         batch_dim: int = 0,
     ) -> None:
-        for name, given, known in (
+        for name, chosen, known in (
             ("momentum", momentum, ("account", "credit")),
             ("kernel", kernel, ("auto", "tangent", "perexample", "ghost")),
             ("nonfinite", nonfinite, ("stop", "skip")),
         ):
-            if given not in known:
-                raise InrunError(f"{name}={given!r} is not known: choose {' or '.join(map(repr, known))}.")
+            if chosen not in known:
+                raise InrunError(f"{name}={chosen!r} is not known: choose {' or '.join(map(repr, known))}.")
         if audit_every < 0:
             raise InrunError(f"audit_every={audit_every}: give the number of steps between audits, or 0 for none.")
         if audit_permutations < 0 or audit_permutations == 1:
@@ -130,7 +131,7 @@ class Attributor:
             raise InrunError(f"memory={memory!r}: give a number of bytes, or 'auto'.")
         if not targets:
             raise InrunError("no targets: give at least one named validation batch.")
-        self.model = model = _inner(model)
+        given, self.model = model, (model := _inner(model))
         self.optimizers = (optimizer,) if isinstance(optimizer, Optimizer) else tuple(optimizer)
         self.step = 0
         self.last: Step | None = None
@@ -143,7 +144,7 @@ class Attributor:
         self._names = trained_parameters(model, self.optimizers)
         way = scheme_of(scheme, nodes, rule, tolerance, max_nodes, refresh, self._names)
         units = find_units(model, set(self._names))
-        self._evaluation = evaluation = Evaluation(model)
+        self._evaluation = evaluation = Evaluation(model, compiled=given)
         self._targets = [Target(name, batches, loss, evaluation, refresh) for name, batches in targets.items()]
         for target in self._targets:
             target.gradient(0, list(self._names))  # a target that cannot be used is refused now, not in mid-run
@@ -242,7 +243,7 @@ class Attributor:
                 self._account.forget()  # a block before this one may have failed, and the weights been loaded anew
         captured = Captured(len(found), Formed(len(found), self._names, self._pool))
         try:
-            with uncompiled(), self._capture.batch(captured, lambda: self._look_ahead(captured)):
+            with self._capture.batch(captured, lambda: self._look_ahead(captured)):
                 microbatch = Microbatch(found, captured)
                 yield microbatch
         finally:
@@ -298,13 +299,18 @@ class Attributor:
         game = self._permutations and self._audit_every and step % self._audit_every == 0
         if not self._at_once or game or captured.formed.ahead is not None:
             return
-        self._evaluation.autocast = self._capture.autocast
+        self._evaluate_as_trained()
         self._weights = {p: sample(p) for p in self._names}
         try:
             with saved_plainly():
                 captured.formed.ahead = self._account.ahead(step, self._capture.watch)
         except NonFiniteError as problem:
             captured.formed.ahead, self._problem = [], problem  # it is the step's, not the forward pass's
+
+    def _evaluate_as_trained(self) -> None:
+        self._evaluation.autocast = self._capture.autocast
+        # graphs are made after the training's, which then know of no size but its own
+        self._evaluation.compiled = GRAPHS and self.step > 0
 
     def discard(self) -> None:
         """Forget the batches since the last step, for a loop that drops their gradients instead of stepping."""
@@ -431,7 +437,7 @@ class Attributor:
     def _evaluate(self) -> "_Waiting":
         """The values of the step that the optimizers are about to take. Changes nothing."""
         step, moves = self.step + 1, self._moves()
-        self._evaluation.autocast = self._capture.autocast
+        self._evaluate_as_trained()
         waiting = _Waiting(set(self.optimizers))
         audited = self._audit_every > 0 and step % self._audit_every == 0
         try:

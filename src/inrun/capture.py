@@ -6,7 +6,7 @@ the inputs of the call until the step (inrun.captured). The model's own hooks te
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -18,17 +18,18 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from torch.utils.hooks import RemovableHandle
 
 from inrun.captured import Call, Captured, Hook
+from inrun.compiled import GRAPHS, Seen, State, Traced, UnitHook, compile_anew, encoded
 from inrun.errors import InrunError
 from inrun.hooks import form, keep_gradient, on_gradient, pay, watch
 from inrun.kernels import Kernels
 from inrun.probe import Found, Inputs, Probe, Unit, expanded, tensors
 from inrun.rows import Rows
-from inrun.tangent.fused import fused, is_convolution
+from inrun.tangent.fused import fused, is_convolution, parameter_gradients
 from inrun.tangent.generic import RandomState
 from inrun.tangent.ghost import Pair
 from inrun.tangent.per_example import unchanged
 from inrun.tangent.rules import has_closed_form
-from inrun.target import aside
+from inrun.target import aside, uncompiled
 
 
 def trained_parameters(model: nn.Module, optimizers: Sequence[Optimizer]) -> dict[nn.Parameter, str]:
@@ -107,15 +108,20 @@ class Capture:
         self._now: Found | None = None
         self._merges: set[int] = set()
         self._random_states: dict[Unit, RandomState] = {}
+        self._state = state = State()
+        self._in_graphs = False  # every unit can be in a graph
+        self._hooks = {unit: UnitHook(state, self._after_unit, unit, self._take) for unit in units}
         handles: list[RemovableHandle] = []
-        for unit in units:
+        for unit, hook in self._hooks.items():
             if not has_closed_form(unit.module):
-                handles.append(unit.module.register_forward_pre_hook(Hook(self._before_unit, unit)))
-            handles.append(unit.module.register_forward_hook(Hook(self._after_unit, unit), with_kwargs=True))
+                handles.append(unit.module.register_forward_pre_hook(Traced(state, self._before_unit, unit)))
+            handles.append(unit.module.register_forward_hook(hook, with_kwargs=True))
         # the model's own go around its unit's, if it is one
-        handles.append(model.register_forward_pre_hook(Hook(self._before_model), with_kwargs=True, prepend=True))
-        handles.append(model.register_forward_hook(Hook(self._after_model), always_call=True))
+        before, after = Traced(state, self._before_model), Traced(state, self._after_model)
+        handles.append(model.register_forward_pre_hook(before, with_kwargs=True, prepend=True))
+        handles.append(model.register_forward_hook(after, always_call=True))
         self._handles = handles
+        compile_anew()
 
     def detach(self) -> None:
         """Take the hooks off, and end a batch that is open."""
@@ -130,11 +136,16 @@ class Capture:
         self._depth = 0
         self._put_off.clear()
         self._made.clear()
+        self._state.mode, self._state.each = "outside", torch.empty(captured.examples, device="cpu")
+        graphs = self._in_graphs and all(self._alone(unit.module) for unit in self._hooks)
         try:
-            yield
+            with nullcontext() if graphs else uncompiled():
+                yield
         finally:
-            self._open, self._before = None, _nothing
+            self._open, self._before, self._state.mode = None, _nothing, "off"
             self._random_states.clear()
+            for hook in self._hooks.values():
+                hook.key.grad = None
         # a call whose outputs met no gradient adds nothing
         captured.calls = [call for call in captured.calls if any(g is not None for g in call.gradients)]
 
@@ -149,6 +160,7 @@ class Capture:
             return
         self._refuse_unsupported()
         self.autocast = self._cast_to()
+        self._state.mode = "off"  # while the model is run for the targets, and to find the rows
         self._before()
         examples = self._open.examples
         inputs = Inputs(args, kwargs, self._batch_dim)
@@ -167,7 +179,61 @@ class Capture:
                 self._found.clear()
             found = self._probe.find(inputs, examples)
             self._found[inputs.signature] = self._found[inputs.exact()] = found
+            self._lay_out()
         self._now, self._merges, self._calls_of = found, inputs.merges(found.carrying), {}
+        self._state.mode = "on"
+
+    def _lay_out(self) -> None:
+        """Find the units that can be in a graph: one output, laid out in all calls the same, and a closed form."""
+        layouts: dict[Unit, set[tuple[Rows | None, ...]]] = {}
+        counted = any(found.counted for found in self._found.values())
+        for found in self._found.values():
+            for (unit, _), of in found.rows.items():
+                layouts.setdefault(unit, set()).add(of)
+        for unit, hook in self._hooks.items():
+            every = layouts.get(unit, set())
+            rows, *others = next(iter(every)) if len(every) == 1 else (None,)
+            if rows is None or others or not has_closed_form(unit.module) or (rows.merged and counted):
+                hook.rows = None
+            else:
+                hook.rows = encoded(rows)
+                hook.fuses = rows.dim is not None and self._kernels.fuses(unit) and unchanged(unit.module)
+        # the model's own hooks break a graph that they are in, as they are if its forward is torch's
+        torchs = type(self._model).forward.__module__.startswith("torch.")
+        self._in_graphs = GRAPHS and not torchs and all(self._hooks[unit].rows is not None for unit in layouts)
+
+    def _take(self, unit: Unit, seen: Seen, parameters: int) -> list[Tensor]:
+        """What `_keep` does, for a call in a graph: in the backward pass, with the gradient at hand."""
+        captured = self._open
+        if captured is None:
+            raise InrunError(f"{unit.name}: a backward pass goes through a forward of a batch that is closed.")
+        b, args, kwargs, N = seen.gradient, seen.args, seen.kwargs, captured.examples
+        rows = Rows(b.ndim, 0) if seen.rows.dim is None else expanded(b, seen.rows, N, unit)[1]
+        known = unchanged(unit.module) and self._alone(unit.module)
+        if parameters and not known:
+            raise InrunError(
+                f"{unit.name}: its forward or hooks were changed after it was compiled: call torch.compiler.reset()."
+            )
+        captured.cast |= seen.autocast is not None
+        inputs = (*args, *kwargs.values())
+        kernel = self._kernels.of(unit, captured, inputs, b, known and _stands_first(unit, seen.rows))
+        fuses, keeps = kernel == "fused" and parameters > 0, kernel in ("tangent", "late")
+        if kernel == "ghost":
+            pay(unit, inputs[0], rows, captured)(b)
+        elif not fuses:
+            if keeps:  # the graph uses this memory again
+                args, kwargs, b = tree_map(torch.clone, (args, kwargs, b))
+            versions = [x._version for x in (*args, *kwargs.values())]
+            call = Call(unit, args, kwargs, seen.training, seen.autocast, None, versions, [rows], [b])
+            call.late = kernel == "late"
+            if keeps:
+                captured.calls.append(call)
+            else:
+                form(call, captured)(b)
+        if not parameters:
+            return []
+        sink = captured.formed if fuses else None
+        return parameter_gradients(unit.module, inputs[0], seen.gradient, rows, N, sink, parameters)
 
     def _refuse_unsupported(self) -> None:
         for name, module in self._batch_norms:
@@ -189,13 +255,33 @@ class Capture:
         found: dict[Unit, list[Pair]] = {}
         self._watched = found
         try:
-            yield found
+            with uncompiled() if any(map(self._kernels.watches, self._hooks)) else nullcontext():
+                yield found
         finally:
             self._watched = None
 
     def _after_model(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if self._open is not None and not aside():
-            self._depth -= 1
+        if self._open is None or aside():
+            return
+        self._depth -= 1
+        if self._depth or not self._in_graphs or self._state.mode == "off":
+            return
+        self._state.mode = "outside"
+        enter: Callable[[Tensor], None] = self._enter  # the backward pass runs checkpointed parts again
+        for leaf in tensors(output):
+            if leaf.requires_grad:
+                leaf.register_hook(enter)  # type: ignore[no-untyped-call]
+
+    def _enter(self, gradient: Tensor) -> None:
+        """The backward pass through the model begins."""
+
+        def end() -> None:
+            if self._state.mode == "on":
+                self._state.mode = "outside"
+
+        if self._state.mode == "outside":
+            self._state.mode = "on"
+            torch.autograd.Variable._execution_engine.queue_callback(end)
 
     def _before_unit(self, unit: Unit, module: nn.Module, args: tuple[Any, ...]) -> None:
         if self._open is not None and not aside() and torch.is_grad_enabled() and module.training:

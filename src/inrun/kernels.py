@@ -92,6 +92,10 @@ class Kernels:
         self._used = 0
         self.calls: list[Chosen] = []  # of the step
 
+    def fuses(self, unit: Unit) -> bool:
+        """Whether the unit can form its weights' gradients in place of their sum, with rows for features."""
+        return self._kernel != "tangent" and _linear(unit)
+
     def begin(self) -> None:
         """A new step: no gradient is kept."""
         self._used, self.calls = 0, []

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from inrun.errors import InrunError
-from inrun.target import Evaluation
+from inrun.target import Evaluation, uncompiled
 
 Utility = Callable[[frozenset[int]], float]
 MOST_PLAYERS = 14
@@ -34,17 +34,18 @@ def per_example_gradients(model: nn.Module, losses: Callable[[nn.Module], Tensor
         parameter name -> tensor [examples, *parameter.shape]; zeros where an example does not depend on the parameter.
     """
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    parts = losses(model)
-    if parts.ndim != 1:
-        raise InrunError(
-            "losses(model) must return one number per example, a tensor of one dimension; got shape "
-            f"{tuple(parts.shape)}."
-        )
     gradients: dict[str, list[Tensor]] = {name: [] for name in parameters}
-    for part in parts:
-        found = torch.autograd.grad(part, list(parameters.values()), retain_graph=True, allow_unused=True)
-        for (name, p), gradient in zip(parameters.items(), found, strict=True):
-            gradients[name].append(torch.zeros_like(p) if gradient is None else gradient.detach())
+    with uncompiled():  # the loss's graph is gone through once for every example, which a compiled one may refuse
+        parts = losses(model)
+        if parts.ndim != 1:
+            raise InrunError(
+                "losses(model) must return one number per example, a tensor of one dimension; got shape "
+                f"{tuple(parts.shape)}."
+            )
+        for part in parts:
+            found = torch.autograd.grad(part, list(parameters.values()), retain_graph=True, allow_unused=True)
+            for (name, p), gradient in zip(parameters.items(), found, strict=True):
+                gradients[name].append(torch.zeros_like(p) if gradient is None else gradient.detach())
     return {name: torch.stack(of) for name, of in gradients.items()}
 
 

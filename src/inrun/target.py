@@ -43,7 +43,7 @@ def aside() -> bool:
 
 @contextmanager
 def uncompiled() -> Iterator[None]:
-    """What torch.compile made is not used inside the block: no graph of it holds the hooks, or is to hold them."""
+    """What torch.compile made is not used inside the block."""
     if "torch._dynamo" not in sys.modules:  # nothing is compiled
         yield
         return
@@ -70,8 +70,10 @@ class Evaluation:
     Modes, random states and buffers: those that a forward writes to, replaces, makes or takes away.
     """
 
-    def __init__(self, model: nn.Module, *, evaluate: bool = True) -> None:
+    def __init__(self, model: nn.Module, *, evaluate: bool = True, compiled: nn.Module | None = None) -> None:
         self.model = model
+        self.called = model if compiled is None else compiled  # what torch.compile may have made of the model
+        self.compiled = False  # graphs are used, and made
         self.autocast: torch.dtype | None = None  # the precision that the training's forward is cast to
         self._evaluate = evaluate
 
@@ -86,7 +88,8 @@ class Evaluation:
             if self._evaluate:
                 for module, _ in modes:
                     module.training = False
-            with preserved_random_state(self.model), self._cast(), uncompiled():
+            graphs = nullcontext() if self.compiled else uncompiled()
+            with preserved_random_state(self.model), self._cast(), graphs:
                 yield
         finally:
             _aside.reset(token)
@@ -143,11 +146,11 @@ class Target:
     def second_order(self, step: int, back: Mapping[nn.Parameter, Tensor]) -> tuple[float, list[Tensor | None]]:
         """The step's loss and grad L - 1/2 H back by parameter, H the Hessian of the loss over all parameters.
 
-        By a double backward pass; attention and recurrent layers run in the plain form that has one. Raises as
-        `gradient` does, and InrunError where another operator has no double backward.
+        By a double backward pass, uncompiled; attention and recurrent layers run in the plain form that has one. Raises
+        as `gradient` does, and InrunError where another operator has no double backward.
         """
         parameters = list(back)
-        with self._evaluation(), torch.enable_grad(), plain_kernels():
+        with self._evaluation(), torch.enable_grad(), plain_kernels(), uncompiled():
             loss = self._checked(step)
             gradients = _derivatives(loss, parameters, create_graph=True)
             value = self._finite(loss, step, gradients)
@@ -183,7 +186,7 @@ class Target:
         return value
 
     def _checked(self, step: int) -> Tensor:
-        loss = self._loss(self._evaluation.model, self.batches[self._place(step)])
+        loss = self._loss(self._evaluation.called, self.batches[self._place(step)])
         if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.is_floating_point():
             what = (
                 f"a tensor of shape {tuple(loss.shape)}, {loss.dtype}" if isinstance(loss, Tensor) else repr(type(loss))

@@ -81,6 +81,20 @@ def fused(module: nn.Module, x: Tensor, y: Tensor, rows: Rows, examples: int, si
     return output
 
 
+def parameter_gradients(
+    module: nn.Module, x: Tensor, b: Tensor, rows: Rows, examples: int, sink: Sink | None, n: int
+) -> list[Tensor]:
+    """The gradients of the first n of a linear layer's weight and bias; every example's own go to the sink, if any."""
+    if sink is not None:
+        layer = _Linear(module, rows, examples, sink)
+        return [layer.to_weight(x, b), *([layer.to_bias(b)] if n > 1 else [])]
+    a_RI, b_RO = (z.reshape(-1, z.shape[-1]) for z in (x, b))
+    left, right = (a_RI, b_RO) if turned(module) else (b_RO, a_RI)
+    found = [left.t() @ right, *([b_RO.sum(dim=0)] if n > 1 else [])]
+    own = (module._parameters[name] for name in ("weight", "bias"))
+    return [g.to(p.dtype) for g, p in zip(found, own, strict=False) if p is not None]
+
+
 class _Layer(ABC):
     """What the backward pass of one call computes, from its input x and its output's gradient b."""
 
