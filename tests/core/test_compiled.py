@@ -1,6 +1,7 @@
 """Models that torch.compile compiled, before or after the Attributor was attached: they stay compiled."""
 
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -387,3 +388,37 @@ def test_two_forwards_in_a_batch() -> None:
     assert attributor.last is not None
     wanted = contracted(plain, {name: g[0][name] + g[1][name] for name in g[0]}, q)
     torch.testing.assert_close(attributor.last.values["t"], wanted, rtol=1e-9, atol=1e-12)
+
+
+def test_another_attributor_on_a_compiled_model() -> None:
+    """While there are two, the model runs uncompiled in a batch; before and after, compiled."""
+    torch.manual_seed(0)
+    model = CASE.build()
+    optimizer, target = SGD(model.parameters(), lr=0.1), CASE.batch(3, 90)
+    model.compile(backend="aot_eager")
+
+    def step(k: int, *attributors: Attributor) -> int:
+        with torch.compiler.set_stance("force_eager"):
+            g = per_example_gradients(model, CASE.parts(CASE.batch(4, k), 4))
+        counters.clear()
+        with ExitStack() as stack:
+            for attributor in attributors:
+                stack.enter_context(attributor.batch(range(4)))
+            CASE.loss(model, CASE.batch(4, k)).backward()
+            made = graphs()
+        with torch.compiler.set_stance("force_eager"):
+            q = reference_direction(model, optimizer, CASE.at(target), "first", 1)
+        optimizer.step()
+        optimizer.zero_grad()
+        for attributor in attributors:
+            assert attributor.last is not None
+            torch.testing.assert_close(attributor.last.values["t"], contracted(model, g, q), rtol=1e-8, atol=1e-13)
+        return made
+
+    first = Attributor(model, optimizer, {"t": target}, CASE.loss, scheme="first", kernel="perexample")
+    assert [step(k, first) > 0 for k in range(2)] == [False, True]
+    second = Attributor(model, optimizer, {"t": target}, CASE.loss, scheme="first", kernel="tangent")
+    assert [step(k, first, second) for k in range(2, 4)] == [0, 0]
+    second.detach()
+    assert [step(k, first) > 0 for k in range(4, 6)] == [True, False]
+    first.detach()
