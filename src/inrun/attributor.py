@@ -33,7 +33,7 @@ from inrun.direction import displacements, scheme_of
 from inrun.errors import InrunError, NonFiniteError
 from inrun.formed import Formed, Pool
 from inrun.game import Game
-from inrun.gradient import Received, sample, square
+from inrun.gradient import Received, same, sample, square
 from inrun.kernels import Kernel, Kernels
 from inrun.ledger import LedgerWriter
 from inrun.plan import Plan, plan_of
@@ -443,7 +443,7 @@ class Attributor:
         try:
             if self._problem is not None:
                 raise self._problem
-            if not all(torch.equal(sample(p), was) for p, was in self._weights.items()):
+            if not same([(sample(p), was) for p, was in self._weights.items()]):
                 raise InrunError(
                     "the weights were changed between the forward pass and the step (as for sharpness-aware training, "
                     "or noise), but under scheme='first' with SGD the target's gradient is taken ahead of the backward "

@@ -76,7 +76,7 @@ def check_conservation(
     bound = (size + lengths).nan_to_num(math.inf, math.inf)  # where squares of huge numbers are none of float32's
     errors = torch.where((bound > 0) & (apart > NOTHING), apart / bound, 0.0)
     worst = 0.0
-    columns = (x.tolist() for x in (apart, bound, errors, rounding, seen, expected, size))
+    columns = torch.stack([apart, bound, errors, rounding, seen, expected, size]).tolist()  # waits once
     for group, gap, against, error, rounded, left, right, magnitude in zip(groups, *columns, strict=True):
         exact = max(TOLERANCE[wide(p.dtype)] for p in group.parameters) * against
         allowed = exact + min(HALF * against, ROUNDINGS * rounded)

@@ -5,7 +5,7 @@ as the whole gradient was, so that sum_i g_i = G stays true of the gradient that
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 
 import torch
@@ -87,18 +87,20 @@ class Received:
                         self._copies[p] = torch.empty_like(p, memory_format=torch.contiguous_format)
                     self.squares[p] = square(p.grad.detach(), self._copies[p])
 
-    def _differs(self, p: nn.Parameter, now: Tensor | None) -> bool:
-        """Whether the parameter's gradient is another one than was kept."""
+    def _differ(self, now: Mapping[nn.Parameter, Tensor | None]) -> bool:
+        """Whether these parameters' gradients are others than were kept."""
         if self._copying:
-            return not _same(now, self._copies.get(p))
-        return p in self._marks if now is None else p not in self._marks or not self._marks[p].is_of(now)
+            return not same([(gradient, self._copies.get(p)) for p, gradient in now.items()])
+        if not all(p not in self._marks if g is None else self._marks[p].is_at(g) for p, g in now.items()):
+            return True
+        return not same([(sample(g), self._marks[p].some) for p, g in now.items() if g is not None])
 
     def left_out(self) -> bool:
         """Whether there was no step since the batch because a gradient was not finite, as a gradient scaler does it.
 
         Raises InrunError if gradients changed otherwise: accumulation must go on from where it was.
         """
-        changed = {p: name for p, name in self._names.items() if self._differs(p, p.grad)}
+        changed = {p: name for p, name in self._names.items() if self._differ({p: p.grad})}
         known = [self._copies[p] if self._copying else self._marks[p].some for p in changed if p in self._marks]
         if not all(bool(gradient.isfinite().all()) for gradient in known):
             return True
@@ -115,7 +117,7 @@ class Received:
     def receive(self, moves: Mapping[nn.Parameter, Moved]) -> dict[nn.Parameter, Tensor]:
         """The squared norms of the gradients that the optimizers receive, by parameter."""
         now = {p: moves[p].gradient if p in moves else None for p in self._names}
-        self._changed = any(self._differs(p, gradient) for p, gradient in now.items())
+        self._changed = self._differ(now)
         # clipping by norm writes to the gradients at every step, be it a factor of one
         moved = any(p in self._marks and not self._marks[p].is_at(gradient) for p, gradient in now.items())
         self._looked, self._touched = True, self._touched or self._changed or moved
@@ -207,29 +209,18 @@ class Received:
         sizes: Mapping[nn.Parameter, Tensor] = MappingProxyType({}),
     ) -> dict[nn.Parameter, Tensor] | None:
         """One factor by parameter, as clipping by norm and unscaling leave it; None if it is not that simple."""
-        found: dict[nn.Parameter, float] = {}
-        silent, away = [], []
-        for p in self._names:
-            raw, new = made.get(p), received.get(p)
-            if raw is None and new is None:
-                continue
-            if raw is None:
-                return None
-            if new is None:
-                away.append(p)
-                continue
-            factor = _factor(raw, new, sizes.get(p))
-            if factor is None:
-                return None
-            if math.isnan(factor):
-                silent.append(p)
-            else:
-                found[p] = factor
+        if any(p not in made for p in received):
+            return None
+        here = [p for p in self._names if p in received]
+        factors = _factors([(made[p], received[p], sizes.get(p)) for p in here])
+        if factors is None:
+            return None
+        found = {p: factor for p, factor in zip(here, factors, strict=True) if not math.isnan(factor)}
         most, least = max(found.values(), default=1.0), min(found.values(), default=1.0)
         if not least >= 0 or (most > 1 + _UNIFORM and most - least > _UNIFORM * most):
             return None
-        found |= dict.fromkeys(silent, most) | dict.fromkeys(away, 0.0)
-        return {p: torch.tensor(factor, dtype=torch.float64, device=p.device) for p, factor in found.items()}
+        of = {p: found.get(p, most) if p in received else 0.0 for p in self._names if p in made}
+        return {p: torch.tensor(factor, dtype=torch.float64, device=p.device) for p, factor in of.items()}
 
 
 class _Mark:
@@ -243,30 +234,51 @@ class _Mark:
         """Whether it is that gradient, and nobody has openly written to it."""
         return gradient is not None and (gradient.data_ptr(), gradient._version) == self._at
 
-    def is_of(self, gradient: Tensor) -> bool:
-        """Whether it is that gradient, and seems not to have changed."""
-        return self.is_at(gradient) and _same(sample(gradient), self.some)
 
+def _factors(pairs: Sequence[tuple[Tensor, Tensor, Tensor | None]]) -> list[float] | None:
+    """For every (raw, received, size) the number that makes raw received, to rounding: NaN where that could be any. None
+    if there is none for one of them.
 
-def _factor(raw: Tensor, received: Tensor, size: Tensor | None = None) -> float | None:
-    """The number that makes one tensor the other, to rounding; NaN if that could be any, None if there is none.
-
-    `size`: what the rounding of each entry is relative to, if not the entry itself.
+    `size`: what the rounding of each entry is relative to; None: to the entry itself.
     """
-    if raw.shape != received.shape or not raw.is_contiguous() or not received.is_contiguous():
+    if not all(x.shape == y.shape and x.is_contiguous() and y.is_contiguous() for x, y, _ in pairs):
         return None
-    parts = list(zip(torch.split(raw.view(-1), _PART), torch.split(received.view(-1), _PART), strict=True))
-    squares = float(sum(_dot(x, x).double() for x, _ in parts))
-    products = float(sum(_dot(x, y).double() for x, y in parts))
-    if squares == 0 or not math.isfinite(squares) or not math.isfinite(products):
-        return math.nan if squares == 0 and not bool(raw.any()) and not bool(received.any()) else None
-    rounding = 16 * torch.finfo(raw.dtype).eps * (math.sqrt(squares) if size is None else float(size.double().norm()))
-    if size is not None and math.sqrt(squares) <= rounding:
-        return math.nan  # nothing is left of it
-    # in the precision in which it was multiplied with, so that a power of two comes out as one
-    factor = float(torch.tensor(products / squares, dtype=wide(raw.dtype)))
-    left = math.hypot(*(float(torch.sub(y, x, alpha=factor).norm(dtype=wide(x.dtype))) for x, y in parts))
-    return factor if left <= abs(factor) * rounding else None
+    sums = [(square(x), _inner(x, y), square(x if size is None else size)) for x, y, size in pairs]
+    factors, bounds = [], []
+    for (x, y, size), (squares, inner, sizes) in zip(pairs, _numbers([one for of in sums for one in of], 3), strict=True):
+        if not math.isfinite(squares + inner) or (squares == 0 and (bool(x.any()) or bool(y.any()))):
+            return None
+        rounding = 16 * torch.finfo(x.dtype).eps * math.sqrt(sizes)
+        left_over = size is not None and math.sqrt(squares) <= rounding
+        # in the precision in which it was multiplied with, so that a power of two comes out as one
+        exact = math.nan if squares == 0 or left_over else inner / squares
+        factors.append(float(torch.tensor(exact, dtype=wide(x.dtype))))
+        bounds.append(abs(factors[-1]) * rounding)
+    apart = [_apart(x, y, factor).square() for (x, y, _), factor in zip(pairs, factors, strict=True)]
+    for (squares,), bound in zip(_numbers(apart, 1), bounds, strict=True):
+        if math.sqrt(squares) > bound:
+            return None
+    return factors
+
+
+def _numbers(found: Sequence[Tensor], each: int) -> list[list[float]]:
+    """The numbers, so many together, which are waited for once."""
+    return torch.stack(list(found)).view(-1, each).tolist() if found else []
+
+
+def _inner(x: Tensor, y: Tensor) -> Tensor:
+    """<x, y> in float64, in parts that fit a processor's cache."""
+    parts = zip(torch.split(x.view(-1), _PART), torch.split(y.view(-1), _PART), strict=True)
+    return torch.stack([_dot(*part) for part in parts]).sum(dtype=torch.float64)
+
+
+def _apart(x: Tensor, y: Tensor, factor: float) -> Tensor:
+    """|y - factor * x| in float64; zero where the factor could be any."""
+    if math.isnan(factor):
+        return torch.zeros((), dtype=torch.float64, device=x.device)
+    parts = zip(torch.split(x.view(-1), _PART), torch.split(y.view(-1), _PART), strict=True)
+    norms = [torch.sub(b, a, alpha=factor).norm(dtype=wide(a.dtype)) for a, b in parts]
+    return torch.stack(norms).norm(dtype=torch.float64)
 
 
 def _in_words(x: Tensor) -> bool:
@@ -274,11 +286,25 @@ def _in_words(x: Tensor) -> bool:
     return x.is_contiguous() and x.nbytes % 8 == 0 and x.storage_offset() * x.element_size() % 8 == 0
 
 
-def _same(x: Tensor | None, y: Tensor | None) -> bool:
-    if x is None or y is None:
-        return x is y
-    if x.dtype == y.dtype and x.shape == y.shape and _in_words(x) and _in_words(y):
+def same(pairs: Sequence[tuple[Tensor | None, Tensor | None]]) -> bool:
+    """Whether the tensors of every pair are the same, NaN for NaN; a device is waited for once."""
+    if any((x is None) != (y is None) for x, y in pairs):
+        return False
+    both = [(x, y) for x, y in pairs if x is not None and y is not None]
+    if not all(x.shape == y.shape for x, y in both):
+        return False
+    if all(x.device.type == "cpu" for x, _ in both):
+        return all(_equal(x, y) for x, y in both)
+    return bool(torch.stack([_alike(x, y) for x, y in both]).all())
+
+
+def _equal(x: Tensor, y: Tensor) -> bool:
+    if x.dtype == y.dtype and _in_words(x) and _in_words(y):
         words = x.view(-1).view(torch.int64), y.view(-1).view(torch.int64)  # compared in half the time
         if torch.equal(*words):
             return True
-    return torch.equal(x, y) or (x.shape == y.shape and bool(((x == y) | ((x != x) & (y != y))).all()))
+    return torch.equal(x, y) or bool(_alike(x, y))
+
+
+def _alike(x: Tensor, y: Tensor) -> Tensor:
+    return ((x == y) | ((x != x) & (y != y))).all()
