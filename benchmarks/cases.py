@@ -61,7 +61,8 @@ def standard() -> list[Case]:
         _case("mlp", some, 10, targets=16, rounds=30),
         _case("mlp", some, 5, batch=4, rounds=30),
         _case("mlp", some, 5, batch=16, rounds=30),
-        _case("gpt2", INRUN, 300, rounds=4, memory=("first-sgd", "path")),
+        # one by one: each has a model, an optimizer and gradients of every example of its own
+        *(_case("gpt2", (name,), 120, rounds=4, memory=(name,)) for name in INRUN),
         _case("pythia410m", ("path",), 120, rounds=2, memory=("path",)),
     ]
 

@@ -236,8 +236,9 @@ class _Mark:
 
 
 def _factors(pairs: Sequence[tuple[Tensor, Tensor, Tensor | None]]) -> list[float] | None:
-    """For every (raw, received, size) the number that makes raw received, to rounding: NaN where that could be any. None
-    if there is none for one of them.
+    """For every (raw, received, size) the number that makes raw received, to rounding; NaN where that could be any.
+
+    None if there is no such number for one of them.
 
     `size`: what the rounding of each entry is relative to; None: to the entry itself.
     """
@@ -245,7 +246,9 @@ def _factors(pairs: Sequence[tuple[Tensor, Tensor, Tensor | None]]) -> list[floa
         return None
     sums = [(square(x), _inner(x, y), square(x if size is None else size)) for x, y, size in pairs]
     factors, bounds = [], []
-    for (x, y, size), (squares, inner, sizes) in zip(pairs, _numbers([one for of in sums for one in of], 3), strict=True):
+    for (x, y, size), (squares, inner, sizes) in zip(
+        pairs, _numbers([one for of in sums for one in of], 3), strict=True
+    ):
         if not math.isfinite(squares + inner) or (squares == 0 and (bool(x.any()) or bool(y.any()))):
             return None
         rounding = 16 * torch.finfo(x.dtype).eps * math.sqrt(sizes)
@@ -307,4 +310,5 @@ def _equal(x: Tensor, y: Tensor) -> bool:
 
 
 def _alike(x: Tensor, y: Tensor) -> Tensor:
-    return ((x == y) | ((x != x) & (y != y))).all()
+    either: Tensor = (x == y) | ((x != x) & (y != y))
+    return either.all()
