@@ -281,7 +281,8 @@ def _apart(x: Tensor, y: Tensor, factor: float) -> Tensor:
         return torch.zeros((), dtype=torch.float64, device=x.device)
     parts = zip(torch.split(x.view(-1), _PART), torch.split(y.view(-1), _PART), strict=True)
     norms = [torch.sub(b, a, alpha=factor).norm(dtype=wide(a.dtype)) for a, b in parts]
-    return torch.stack(norms).norm(dtype=torch.float64)
+    found: Tensor = torch.linalg.vector_norm(torch.stack(norms), dtype=torch.float64)
+    return found
 
 
 def _in_words(x: Tensor) -> bool:
@@ -310,5 +311,4 @@ def _equal(x: Tensor, y: Tensor) -> bool:
 
 
 def _alike(x: Tensor, y: Tensor) -> Tensor:
-    either: Tensor = (x == y) | ((x != x) & (y != y))
-    return either.all()
+    return ((x == y) | ((x != x) & (y != y))).all()
