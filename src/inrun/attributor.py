@@ -144,7 +144,7 @@ class Attributor:
         self._names = trained_parameters(model, self.optimizers)
         way = scheme_of(scheme, nodes, rule, tolerance, max_nodes, refresh, self._names)
         units = find_units(model, set(self._names))
-        self._evaluation = evaluation = Evaluation(model, compiled=given)
+        self._evaluation = evaluation = Evaluation(model, called=given)
         self._targets = [Target(name, batches, loss, evaluation, refresh) for name, batches in targets.items()]
         for target in self._targets:
             target.gradient(0, list(self._names))  # a target that cannot be used is refused now, not in mid-run
@@ -310,7 +310,7 @@ class Attributor:
     def _evaluate_as_trained(self) -> None:
         self._evaluation.autocast = self._capture.autocast
         # graphs are made after the training's, which then know of no size but its own
-        self._evaluation.compiled = GRAPHS and self.step > 0
+        self._evaluation.graphs = GRAPHS and self.step > 0
 
     def discard(self) -> None:
         """Forget the batches since the last step, for a loop that drops their gradients instead of stepping."""

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from torch.utils.hooks import RemovableHandle
 
 from inrun.captured import Call, Captured, Hook
-from inrun.compiled import GRAPHS, Seen, State, Traced, UnitHook, compile_anew, encoded
+from inrun.compiled import GRAPHS, State, Traced, UnitHook, compile_anew, encoded
 from inrun.errors import InrunError
 from inrun.hooks import form, keep_gradient, on_gradient, pay, watch
 from inrun.kernels import Kernels
@@ -202,38 +202,38 @@ class Capture:
         torchs = type(self._model).forward.__module__.startswith("torch.")
         self._in_graphs = GRAPHS and not torchs and all(self._hooks[unit].rows is not None for unit in layouts)
 
-    def _take(self, unit: Unit, seen: Seen, parameters: int) -> list[Tensor]:
+    def _take(self, call: Call, parameters: int) -> list[Tensor]:
         """What `_keep` does, for a call in a graph: in the backward pass, with the gradient at hand."""
-        captured = self._open
+        unit, captured = call.unit, self._open
         if captured is None:
             raise InrunError(f"{unit.name}: a backward pass goes through a forward of a batch that is closed.")
-        b, args, kwargs, N = seen.gradient, seen.args, seen.kwargs, captured.examples
-        rows = Rows(b.ndim, 0) if seen.rows.dim is None else expanded(b, seen.rows, N, unit)[1]
+        (b,), (layout,), N = call.gradients, call.rows, captured.examples
+        assert b is not None
+        assert layout is not None
+        rows = Rows(b.ndim, 0) if layout.dim is None else expanded(b, layout, N, unit)[1]
         known = unchanged(unit.module) and self._alone(unit.module)
         if parameters and not known:
             raise InrunError(
                 f"{unit.name}: its forward or hooks were changed after it was compiled: call torch.compiler.reset()."
             )
-        captured.cast |= seen.autocast is not None
-        inputs = (*args, *kwargs.values())
-        kernel = self._kernels.of(unit, captured, inputs, b, known and _stands_first(unit, seen.rows))
+        captured.cast |= call.autocast is not None
+        inputs = (*call.args, *call.kwargs.values())
+        kernel = self._kernels.of(unit, captured, inputs, b, known and _stands_first(unit, layout))
         fuses, keeps = kernel == "fused" and parameters > 0, kernel in ("tangent", "late")
         if kernel == "ghost":
             pay(unit, inputs[0], rows, captured)(b)
         elif not fuses:
+            call.rows, call.late = [rows], kernel == "late"
             if keeps:  # the graph uses this memory again
-                args, kwargs, b = tree_map(torch.clone, (args, kwargs, b))
-            versions = [x._version for x in (*args, *kwargs.values())]
-            call = Call(unit, args, kwargs, seen.training, seen.autocast, None, versions, [rows], [b])
-            call.late = kernel == "late"
-            if keeps:
+                call.args, call.kwargs, call.gradients = tree_map(torch.clone, (call.args, call.kwargs, call.gradients))
+                call.versions = [x._version for x in tensors((call.args, call.kwargs))]
                 captured.calls.append(call)
             else:
                 form(call, captured)(b)
         if not parameters:
             return []
         sink = captured.formed if fuses else None
-        return parameter_gradients(unit.module, inputs[0], seen.gradient, rows, N, sink, parameters)
+        return parameter_gradients(unit.module, inputs[0], b, rows, N, sink, parameters)
 
     def _refuse_unsupported(self) -> None:
         for name, module in self._batch_norms:

@@ -9,7 +9,6 @@ Outside of graphs, and where a graph breaks around a unit, the same hook runs as
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from itertools import count
 from typing import Any
 from weakref import WeakValueDictionary
@@ -18,11 +17,11 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from inrun.captured import Hook
+from inrun.captured import Call, Hook
 from inrun.errors import InrunError
 from inrun.probe import Unit
 from inrun.rows import Rows
-from inrun.tangent.fused import is_linear, turned
+from inrun.tangent.fused import is_linear, linear_to_input, turned
 
 GRAPHS = torch.__version__ >= "2.13"  # none of before was tested
 
@@ -37,18 +36,6 @@ class State:
     def __init__(self) -> None:
         self.mode = "off"
         self.each = torch.empty(0)
-
-
-@dataclass(frozen=True)
-class Seen:
-    """A call of a unit, as the operator in a graph meets it in the backward pass."""
-
-    gradient: Tensor
-    args: tuple[Tensor, ...]
-    kwargs: dict[str, Tensor]
-    rows: Rows
-    training: bool
-    autocast: torch.dtype | None
 
 
 class Traced(Hook):
@@ -66,8 +53,8 @@ class Traced(Hook):
 
 
 class UnitHook(Traced):
-    """The hook after a unit's calls. `take(unit, seen, n)` is what the operator does: it returns the gradients of the
-    first n of weight and bias, of none unless the unit `fuses`.
+    """The hook after a unit's calls. `take(call, n)` is what the operator does: it returns the gradients of the first n
+    of weight and bias, of none unless the unit `fuses`.
 
     Which rows of the output are whose is a fact of the graph: None if the unit cannot be in one.
     """
@@ -122,7 +109,7 @@ def _decoded(rows: Sequence[int]) -> Rows:
 
 def compile_anew() -> None:
     """Have graphs made anew, with the hooks that there are now: those of before know of none."""
-    from torch._dynamo.eval_frame import skip_code  # not before it is needed: it takes a second
+    from torch._dynamo.eval_frame import skip_code  # a second, unless an optimizer of torch was made already
 
     for hook in (Traced, UnitHook):  # as a frame of its own, around a graph break, it would be a graph without its unit
         skip_code(hook.__call__.__code__)
@@ -145,11 +132,10 @@ def _seen(
     if hook is None:
         raise InrunError("a backward pass goes through a graph of before the Attributor was detached: run it before.")
     places = len(inputs) - len(names)
-    seen = Seen(
-        b, tuple(inputs[:places]), dict(zip(names, inputs[places:], strict=True)), _decoded(rows), training, autocast
-    )
+    args, kwargs = tuple(inputs[:places]), dict(zip(names, inputs[places:], strict=True))
+    call = Call(hook.unit, args, kwargs, training, autocast, None, [x._version for x in inputs], [_decoded(rows)], [b])
     with torch.no_grad(), torch.autocast(b.device.type, enabled=False):
-        gradients = hook.take(hook.unit, seen, len(parameters))
+        gradients = hook.take(call, len(parameters))
     return gradients if parameters else [torch.zeros_like(unit)]
 
 
@@ -217,8 +203,5 @@ class _Fused(Function):
         x, weight, unit, *bias = ctx.saved_tensors
         _, needs_x, _, needs_bias, *_ = ctx.needs_input_grad
         of = torch.ops.inrun.seen(b, [x], unit, [weight, *(bias if needs_bias else [])], *ctx.facts)
-        to_x = None
-        if needs_x:
-            w = weight.to(b.dtype)
-            to_x = b @ (w.t() if ctx.turned else w)
+        to_x = linear_to_input(b, weight.to(b.dtype), ctx.turned) if needs_x else None
         return None, to_x, of[0], of[1] if needs_bias else None, None, None, None, None, None

@@ -32,18 +32,16 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype.itemsize < 4 else dtype
 
 
-def square(x: Tensor, copy: Tensor | None = None) -> Tensor:
-    """<x, x> in float64, in parts that fit a processor's cache; each is written to `copy` on the way."""
-    parts = torch.split(x.reshape(-1), _PART)
-    if copy is not None:
-        for part, there in zip(parts, torch.split(copy.view(-1), _PART), strict=True):
-            there.copy_(part)
-    return torch.stack([_dot(part, part) for part in parts]).sum(dtype=torch.float64)
+def square(x: Tensor) -> Tensor:
+    """<x, x> in float64."""
+    return _inner(x, x)
 
 
-def _dot(x: Tensor, y: Tensor) -> Tensor:
-    """<x, y>, of which float16 may have no number."""
-    return torch.dot(x.to(wide(x.dtype)), y.to(wide(y.dtype)))
+def _inner(x: Tensor, y: Tensor) -> Tensor:
+    """<x, y> in float64, of parts that fit a processor's cache, each in float32 at least."""
+    parts = zip(torch.split(x.reshape(-1), _PART), torch.split(y.reshape(-1), _PART), strict=True)
+    products = [torch.dot(a.to(wide(a.dtype)), b.to(wide(b.dtype))) for a, b in parts]
+    return torch.stack(products).sum(dtype=torch.float64)
 
 
 def sample(x: Tensor) -> Tensor:
@@ -85,7 +83,8 @@ class Received:
                 if self._copying:
                     if p not in self._copies:
                         self._copies[p] = torch.empty_like(p, memory_format=torch.contiguous_format)
-                    self.squares[p] = square(p.grad.detach(), self._copies[p])
+                    self._copies[p].copy_(p.grad.detach())
+                    self.squares[p] = square(self._copies[p])
 
     def _differ(self, now: Mapping[nn.Parameter, Tensor | None]) -> bool:
         """Whether these parameters' gradients are others than were kept."""
@@ -173,9 +172,9 @@ class Received:
             scales[p] = factors = new / raw
             if p in sizes:
                 # what was made again is the same to its rounding: where rows cancel, that is all there is
-                same = (new - raw).abs() <= _AGAIN * torch.finfo(raw.dtype).eps * largest_size
-                factors.masked_fill_(same, 1.0)
-                made |= same
+                near = (new - raw).abs() <= _AGAIN * torch.finfo(raw.dtype).eps * largest_size
+                factors.masked_fill_(near, 1.0)
+                made |= near
             if not p.numel():
                 continue
             # a quotient of denormal numbers says nothing about the factor
@@ -267,12 +266,6 @@ def _factors(pairs: Sequence[tuple[Tensor, Tensor, Tensor | None]]) -> list[floa
 def _numbers(found: Sequence[Tensor], each: int) -> list[list[float]]:
     """The numbers, so many together, which are waited for once."""
     return torch.stack(list(found)).view(-1, each).tolist() if found else []
-
-
-def _inner(x: Tensor, y: Tensor) -> Tensor:
-    """<x, y> in float64, in parts that fit a processor's cache."""
-    parts = zip(torch.split(x.view(-1), _PART), torch.split(y.view(-1), _PART), strict=True)
-    return torch.stack([_dot(*part) for part in parts]).sum(dtype=torch.float64)
 
 
 def _apart(x: Tensor, y: Tensor, factor: float) -> Tensor:

@@ -56,8 +56,7 @@ def watch(pairs: list[Pair], x: Tensor) -> Callable[[Tensor], None]:
 
     def hook(gradient: Tensor) -> None:
         a, b = x.reshape(-1, x.shape[-1]), gradient.detach().reshape(-1, gradient.shape[-1])
-        wide = torch.float32 if b.element_size() < 4 else b.dtype
-        pairs.append((a.to(wide), b.to(wide)))
+        pairs.append((a.to(wide(b.dtype)), b.to(wide(b.dtype))))
 
     return hook
 

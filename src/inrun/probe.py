@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from inrun.errors import InrunError
+from inrun.gradient import same
 from inrun.rows import Rows, find_rows, shuffled
 from inrun.target import Evaluation
 
@@ -213,12 +214,11 @@ class _Recording:
     def see(self, unit: Unit, output: Any) -> Any:
         index = sum(1 for other, _ in self.seen if other is unit)
         leaves, spec = tree_flatten(output)
-        if self.comparison is None:
-            self.seen[unit, index] = _Seen([x.detach() if isinstance(x, Tensor) else x for x in leaves])
-        else:
-            self.seen[unit, index] = _Seen([])
+        now = _Seen([x.detach() if isinstance(x, Tensor) else x for x in leaves])
+        self.seen[unit, index] = now if self.comparison is None else _Seen([])  # one forward's are enough
+        if self.comparison is not None:
             with self.operations.paused():
-                self.comparison.see(unit, index, [x.detach() if isinstance(x, Tensor) else x for x in leaves])
+                self.comparison.see(unit, index, now.leaves)
         if self.expand is None:
             return None
         rows = self.expand.rows.get((unit, index), ())
@@ -238,7 +238,7 @@ class _Recording:
             torch.equal(self.random_state, other.random_state)
             and self.operations.seen == other.operations.seen
             and len(mine) == len(its)
-            and all(map(_identical, mine, its))
+            and same(list(zip(mine, its, strict=True)))
         )
 
 
@@ -262,9 +262,10 @@ class _Comparison:
     def see(self, unit: Unit, index: int, again: list[Any]) -> None:
         """A unit's output of the second forward. Raises InrunError where its rows cannot be told."""
         plain = self._plain.pop((unit, index), _Seen([]))
-        self._compare(unit, index, plain, again) if plain.unchanged() else self._later.append(
-            (unit, index, plain, again)
-        )
+        if plain.unchanged():
+            self._compare(unit, index, plain, again)
+        else:
+            self._later.append((unit, index, plain, again))
 
     def _compare(self, unit: Unit, index: int, plain: "_Seen", again: Sequence[Any]) -> None:
         if len(plain.leaves) != len(again):
@@ -341,7 +342,3 @@ def expanded(leaf: Tensor, rows: Rows | None, examples: int, unit: Unit) -> tupl
 
 def tensors(tree: Any) -> list[Tensor]:
     return [leaf for leaf in tree_flatten(tree)[0] if isinstance(leaf, Tensor)]
-
-
-def _identical(x: Tensor, y: Tensor) -> bool:
-    return x.shape == y.shape and bool(((x == y) | ((x != x) & (y != y))).all())

@@ -70,10 +70,10 @@ class Evaluation:
     Modes, random states and buffers: those that a forward writes to, replaces, makes or takes away.
     """
 
-    def __init__(self, model: nn.Module, *, evaluate: bool = True, compiled: nn.Module | None = None) -> None:
+    def __init__(self, model: nn.Module, *, evaluate: bool = True, called: nn.Module | None = None) -> None:
         self.model = model
-        self.called = model if compiled is None else compiled  # what torch.compile may have made of the model
-        self.compiled = False  # graphs are used, and made
+        self.called = model if called is None else called  # what torch.compile may have made of the model
+        self.graphs = False  # are used, and made
         self.autocast: torch.dtype | None = None  # the precision that the training's forward is cast to
         self._evaluate = evaluate
 
@@ -88,8 +88,8 @@ class Evaluation:
             if self._evaluate:
                 for module, _ in modes:
                     module.training = False
-            graphs = nullcontext() if self.compiled else uncompiled()
-            with preserved_random_state(self.model), self._cast(), graphs:
+            compiled = nullcontext() if self.graphs else uncompiled()
+            with preserved_random_state(self.model), self._cast(), compiled:
                 yield
         finally:
             _aside.reset(token)

@@ -62,8 +62,8 @@ def made_anew(pending: Sequence[Microbatch]) -> tuple[dict[nn.Parameter, Tensor]
     sizes: dict[nn.Parameter, Tensor] = {}
     for microbatch in pending:
         for p, g in per_example_gradients(microbatch.captured).items():
-            whole[p] = whole[p] + g.sum(dim=0) if p in whole else g.sum(dim=0)
-            sizes[p] = sizes[p] + g.abs().sum(dim=0) if p in sizes else g.abs().sum(dim=0)
+            for into, part in ((whole, g.sum(dim=0)), (sizes, g.abs().sum(dim=0))):
+                into[p] = into[p] + part if p in into else part
     return whole, sizes
 
 

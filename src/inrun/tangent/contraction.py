@@ -100,7 +100,7 @@ def contract(
                 found.rounding[towards, group] += eps * both.sqrt() + least * squares.sqrt()
                 if any(p in batch.formed.coarse for batch in batches) or (p.dtype.itemsize < 4 and len(kept) > 1):
                     # the terms of G were rounded on their way, too
-                    q = [directions[k].q(p) if scales is None else directions[k].q(p) * scales[p] for k in depending]
+                    q = [_received_q(directions[k], p, scales) for k in depending]
                     for g, _ in kept:
                         found.rounding[towards, group] += eps * crossed(g, q).sqrt()
     for batch, place in zip(batches, places, strict=True):
@@ -139,6 +139,12 @@ def _times(factor: Tensor | float | None, scale: Tensor | None) -> Tensor | floa
     return scale if factor is None else factor if scale is None else factor * scale
 
 
+def _received_q(direction: Direction, p: nn.Parameter, scales: Mapping[nn.Parameter, Tensor] | None) -> Tensor:
+    """The parameter's part of q, for gradients as backward made them."""
+    q = direction.q(p)
+    return q if scales is None else q * scales[p]
+
+
 def _contract_call(
     call: Call,
     examples: int,
@@ -154,9 +160,8 @@ def _contract_call(
 
     def towards(k: int) -> dict[str, Tensor]:
         """The unit's part of a target's q."""
-        mine = {name: p for name, p in parameters.items() if p in directions[k].vectors}
-        q = {name: directions[k].q(p) for name, p in mine.items()}
-        return q if scales is None else {name: x * scales[mine[name]] for name, x in q.items()}
+        direction = directions[k]
+        return {n: _received_q(direction, p, scales) for n, p in parameters.items() if p in direction.vectors}
 
     if call.late:
         q = [towards(k) for k in everyone]

@@ -20,6 +20,7 @@ from torch.autograd import Function
 from inrun.captured import Call
 from inrun.errors import InrunError
 from inrun.formed import EVERYONE
+from inrun.gradient import wide
 from inrun.rows import Rows
 from inrun.tangent.convolution import per_example_convolution
 from inrun.tangent.per_example import rows_in_and_out
@@ -40,7 +41,6 @@ class Sink(Protocol):
 
 
 _ROOM = 2**25  # bytes formed at once where they are contracted at once
-
 _SOME = 2**16  # entries of the weight that are added up at once, where their precision changes
 
 # linear layers by the full name of their type: whether the weight lies [in, out]
@@ -79,6 +79,11 @@ def fused(module: nn.Module, x: Tensor, y: Tensor, rows: Rows, examples: int, si
     layer = (_Convolution if is_convolution(module) else _Linear)(module, rows, examples, sink)
     output: Tensor = _Fused.apply(y.detach(), x.to(y.dtype), module.weight, module.bias, layer)  # type: ignore[no-untyped-call]
     return output
+
+
+def linear_to_input(b: Tensor, weight: Tensor, turned: bool) -> Tensor:
+    """The gradient of a linear layer's input."""
+    return b @ (weight.t() if turned else weight)
 
 
 def parameter_gradients(
@@ -143,14 +148,14 @@ class _Layer(ABC):
         bias, sink = self.module.bias, self.sink
         assert isinstance(bias, nn.Parameter)
         assert sink is not None
-        g = self.of_bias(b, torch.float32 if b.element_size() < 4 else b.dtype).to(bias.dtype)
+        g = self.of_bias(b, wide(b.dtype)).to(bias.dtype)
         sink.take(bias, slice(None), g)
         return g.sum(dim=0)
 
 
 class _Linear(_Layer):
     def to_input(self, x: Tensor, b: Tensor, weight: Tensor) -> Tensor:
-        return b @ (weight.t() if turned(self.module) else weight)
+        return linear_to_input(b, weight, turned(self.module))
 
     def sides(self, x: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         return self.rows.by_features(x, self.examples), self.rows.by_features(b, self.examples)
