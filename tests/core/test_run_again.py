@@ -1,0 +1,67 @@
+"""Units that are run again: without a forward mode, with weights of a module inside, with a state, or empty."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW
+
+from inrun import Attributor
+from inrun.oracle import per_example_gradients
+from tests.models import Case, class_losses, vectors
+from tests.reference import contracted, reference_direction
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+
+def agrees(build: Any, **settings: Any) -> None:
+    """Two steps of `path` with AdamW and two targets, held against per-example autograd."""
+    case = Case(build, vectors, class_losses)
+    torch.manual_seed(0)
+    model = case.build()
+    optimizer = AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    targets = {"one": case.batch(3, 90), "other": case.batch(2, 91)}
+    with Attributor(model, optimizer, targets, case.loss, **settings) as attributor:
+        for step in range(2):
+            batch = case.batch(5, step)
+            g = per_example_gradients(model, case.parts(batch, 5))
+            optimizer.zero_grad()
+            with attributor.batch(range(5)):
+                case.loss(model, batch).backward()
+            q = {name: reference_direction(model, optimizer, case.at(of), "path", 1) for name, of in targets.items()}
+            optimizer.step()
+            assert attributor.last is not None
+            for name in targets:
+                wanted = contracted(model, g, q[name])
+                torch.testing.assert_close(attributor.last.values[name], wanted, rtol=1e-8, atol=1e-12)
+
+
+class _Square(torch.autograd.Function):
+    """An operator of someone's own, with a backward pass and nothing else."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return 2 * x * gradients[0]
+
+
+class Squared(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.shift = nn.Parameter(torch.rand(6)), nn.Parameter(torch.zeros(6), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = _Square.apply(x * self.scale + self.shift)  # type: ignore[no-untyped-call]
+        return y
+
+
+@pytest.mark.parametrize("settings", [{}, {"kernel": "tangent"}, {"memory": 100}])
+@pytest.mark.filterwarnings("ignore:what a step must keep")
+def test_what_has_no_forward_mode_is_pulled_back_example_by_example(settings: dict[str, Any]) -> None:
+    agrees(lambda: nn.Sequential(nn.Linear(6, 6), Squared(), nn.Linear(6, 3)), **settings)
