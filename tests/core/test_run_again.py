@@ -65,3 +65,30 @@ class Squared(nn.Module):
 @pytest.mark.filterwarnings("ignore:what a step must keep")
 def test_what_has_no_forward_mode_is_pulled_back_example_by_example(settings: dict[str, Any]) -> None:
     agrees(lambda: nn.Sequential(nn.Linear(6, 6), Squared(), nn.Linear(6, 3)), **settings)
+
+
+class Attending(nn.Module):
+    """Attention over the six numbers of an example, the batch in the second dimension, the weights used too."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__()
+        self.first, self.attention = nn.Linear(1, 8), nn.MultiheadAttention(8, 2, **settings)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x_TBD = torch.tanh(self.first(x.T[:, :, None]))
+        y_TBD, weights_BTS = self.attention(x_TBD, x_TBD, x_TBD)
+        logits: Tensor = self.head(y_TBD.mean(0)) + weights_BTS.var(1).sum(1, keepdim=True)
+        return logits
+
+
+@pytest.mark.parametrize("settings", [{}, {"bias": False}, {"add_bias_kv": True}, {"kdim": 8, "vdim": 8}])
+@pytest.mark.parametrize("frozen", ["", "attention.out_proj.weight", "attention.in_proj", "attention.out_proj"])
+def test_attention_of_torchs_own_owns_the_weights_that_it_reads(settings: dict[str, Any], frozen: str) -> None:
+    def build() -> nn.Module:
+        model = Attending(**settings)
+        for name, p in model.named_parameters():
+            p.requires_grad_(not (frozen and name.startswith(frozen)))
+        return model
+
+    agrees(build)

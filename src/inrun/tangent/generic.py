@@ -93,15 +93,13 @@ def forward_mode(
     The random state of the first run is replayed, buffers that the forward changes are copies, attention and recurrent
     layers run in their plain form, which has forward mode. Raises NoForwardModeError where an operator has none.
     """
-    own = module._parameters
+    own = dict(module.named_parameters(remove_duplicate=False))  # of a module inside, too
     replayed = random_state.replayed() if random_state is not None else nullcontext()
     with torch.no_grad(), plain_kernels(), replayed, forward_ad.dual_level():
         duals: dict[str, Tensor] = {}
         for name, towards in direction.items():
-            parameter = own[name]
-            if parameter is not None:
-                dual = forward_ad.make_dual(parameter.detach(), towards.to(parameter.dtype))  # type: ignore[no-untyped-call]
-                duals[name] = dual
+            parameter = own[name].detach()
+            duals[name] = forward_ad.make_dual(parameter, towards.to(parameter.dtype))  # type: ignore[no-untyped-call]
         try:
             output = run_again(module, duals, args, kwargs)
         except NotImplementedError as error:
