@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.optim import AdamW
+from torch.optim import SGD, AdamW
 
-from inrun import Attributor
+from inrun import Attributor, InrunError
 from inrun.oracle import per_example_gradients
 from tests.models import Case, class_losses, vectors
 from tests.reference import contracted, reference_direction
@@ -92,3 +92,28 @@ def test_attention_of_torchs_own_owns_the_weights_that_it_reads(settings: dict[s
         return model
 
     agrees(build)
+
+
+class Remembering(nn.Module):
+    """A module that begins in training where it ended before, whatever it is given now."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.before = nn.Parameter(torch.ones(6)), torch.zeros(4, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale + (self.before if self.training else 0)
+
+
+def test_a_module_that_cannot_be_run_again_is_named() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 6), Remembering(), nn.Linear(6, 3))
+    optimizer = SGD(model.parameters(), lr=0.1)
+    attributor = Attributor(model, optimizer, {"t": vectors(4, 1)}, lambda m, b: class_losses(m, b).mean())
+    remembering = model[1]
+    assert isinstance(remembering, Remembering)
+    with attributor.batch(range(4)):
+        class_losses(model, vectors(4, 0)).mean().backward()
+    remembering.before = torch.zeros(3, 6)
+    with pytest.raises(InrunError, match=r"^1: it cannot be run again .* freeze the module"):
+        optimizer.step()
