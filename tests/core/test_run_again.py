@@ -1,5 +1,6 @@
 """Units that are run again: without a forward mode, with weights of a module inside, with a state, or empty."""
 
+import warnings
 from typing import Any
 
 import pytest
@@ -48,7 +49,7 @@ class _Square(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
-        return 2 * x * gradients[0]
+        return torch.as_tensor(2 * x * gradients[0])
 
 
 class Squared(nn.Module):
@@ -57,7 +58,7 @@ class Squared(nn.Module):
         self.scale, self.shift = nn.Parameter(torch.rand(6)), nn.Parameter(torch.zeros(6), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = _Square.apply(x * self.scale + self.shift)  # type: ignore[no-untyped-call]
+        y: Tensor = _Square.apply(x * self.scale + self.shift)
         return y
 
 
@@ -117,3 +118,19 @@ def test_a_module_that_cannot_be_run_again_is_named() -> None:
     remembering.before = torch.zeros(3, 6)
     with pytest.raises(InrunError, match=r"^1: it cannot be run again .* freeze the module"):
         optimizer.step()
+
+
+def test_layers_without_a_feature_are_there_for_nothing() -> None:
+    """As adaptive softmaxes have for their rarest classes."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        model = nn.Sequential(nn.Linear(6, 0), nn.Linear(0, 4), nn.Tanh(), nn.Linear(4, 3))
+    optimizer = SGD(model.parameters(), lr=0.1)
+    target = vectors(3, 1)
+    with Attributor(
+        model, optimizer, {"t": target}, lambda m, b: class_losses(m, b).mean(), scheme="first"
+    ) as attributor:
+        with attributor.batch(range(4)):
+            class_losses(model, vectors(4, 0)).mean().backward()
+        optimizer.step()
+    assert attributor.last is not None
