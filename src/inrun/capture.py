@@ -67,11 +67,19 @@ def trained_parameters(model: nn.Module, optimizers: Sequence[Optimizer]) -> dic
 def find_units(model: nn.Module, trained: set[nn.Parameter]) -> list[Unit]:
     """All modules of the model that own at least one of the trained parameters directly.
 
+    Attention of torch's own reads the weight of its `out_proj` and never calls it: it counts as the owner.
+
     Raises InrunError if one of these computes another module's weight.
     """
     units = []
+    read: set[nn.Module] = set()  # by the module around them
     for name, module in model.named_modules():
+        if module in read:
+            continue
         own = {n: p for n, p in module._parameters.items() if p is not None and p in trained}
+        if isinstance(module, nn.MultiheadAttention):
+            read.add(module.out_proj)
+            own |= {f"out_proj.{n}": p for n, p in module.out_proj.named_parameters(recurse=False) if p in trained}
         if isinstance(module, ParametrizationList) and any(p in trained for p in module.parameters()):
             raise InrunError(
                 f"{name}: a weight that torch.nn.utils.parametrize computes of other parameters is not supported: a "

@@ -54,12 +54,24 @@ class Call:
 
     @contextmanager
     def again(self) -> Iterator[None]:
-        """The unit inside the block as it was in the call: in its mode, under its autocast."""
+        """The unit inside the block as it was in the call: in its mode, under its autocast.
+
+        Raises InrunError where it cannot be run again.
+        """
         cast = torch.autocast(
             self.device.type, self.autocast or torch.bfloat16, self.autocast is not None, cache_enabled=False
         )
         with in_mode(self.unit.module, self.training), cast:
-            yield
+            try:
+                yield
+            except (InrunError, torch.OutOfMemoryError):
+                raise
+            except Exception as error:
+                raise InrunError(
+                    f"{self.unit.name}: it cannot be run again on what it was called with ({type(error).__name__}: "
+                    f"{error}). A module may be that keeps something of one call for the next, other than in a "
+                    "buffer. Make it a buffer, or freeze the module (requires_grad_(False))."
+                ) from error
 
     def check_inputs(self) -> None:
         """Raise InrunError if an input was overwritten since the call: the values would be of other numbers."""

@@ -55,7 +55,8 @@ def watch(pairs: list[Pair], x: Tensor) -> Callable[[Tensor], None]:
     """A hook that collects a unit's input and output gradient."""
 
     def hook(gradient: Tensor) -> None:
-        a, b = x.reshape(-1, x.shape[-1]), gradient.detach().reshape(-1, gradient.shape[-1])
+        # the rows are counted: a tensor without entries does not tell how many they are
+        a, b = (of.reshape(of.shape[:-1].numel(), of.shape[-1]) for of in (x, gradient.detach()))
         pairs.append((a.to(wide(b.dtype)), b.to(wide(b.dtype))))
 
     return hook

@@ -19,6 +19,8 @@ from inrun.direction import Direction
 from inrun.formed import crossed, products, shares
 from inrun.gradient import Received, wide
 from inrun.tangent.fused import formed_late
+from inrun.tangent.generic import NoForwardModeError
+from inrun.tangent.per_example import pull_back_each
 from inrun.tangent.rules import has_closed_form, tangent
 
 _Targets = slice | Sequence[int]  # a slice, if it is all of them, costs less
@@ -176,7 +178,10 @@ def _contract_call(
     for k in everyone:
         direction = towards(k)
         if direction:
-            mine, size, rounding = _contract_tangent(call, direction, examples)
+            try:
+                mine, size, rounding = _contract_tangent(call, direction, examples)
+            except NoForwardModeError:
+                mine, size, rounding = _contract_pulled_back(call, direction, examples)
             found.add(mine[None] if mine.ndim else mine, size, group, place, [k])
             found.rounding[k, group] += rounding
 
@@ -209,3 +214,23 @@ def _contract_tangent(call: Call, direction: Mapping[str, Tensor], examples: int
                 rounding = rounding + eps * product.norm()
             shares = shares + rows.per_example(product, examples).sum(dim=1).double()
     return shares / scale, magnitude / scale, rounding / scale
+
+
+def _contract_pulled_back(call: Call, direction: Mapping[str, Tensor], examples: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The same for a unit without a forward mode: g_i by one pull-back per example, contracted before the next."""
+    shares = torch.zeros(examples, dtype=torch.float64, device=call.device)
+    squares = torch.zeros(())
+
+    def see(i: int, g: dict[str, Tensor]) -> None:
+        nonlocal squares
+        for name, gradient in g.items():
+            if name in direction:
+                product = gradient.to(wide(gradient.dtype)) * direction[name]
+                shares[i] += product.sum(dtype=torch.float64)
+                squares = squares + product.square().sum()
+
+    with call.again():
+        pull_back_each(call, examples, see)
+    made = [*call.unit.parameters.values(), *(x for x in call.gradients if x is not None)]
+    eps = max((torch.finfo(x.dtype).eps for x in made if x.element_size() < 4), default=0.0)
+    return shares, shares.abs().sum(), eps * squares.sqrt()

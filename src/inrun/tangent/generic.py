@@ -16,6 +16,10 @@ from torch.utils._pytree import tree_map
 from inrun.errors import InrunError
 
 
+class NoForwardModeError(InrunError):
+    """An operator of a module has no forward-mode derivative."""
+
+
 @dataclass(frozen=True)
 class RandomState:
     """The generators that a module may draw from, as they were before a call."""
@@ -87,21 +91,19 @@ def forward_mode(
     """J(args) direction by running the module again on dual numbers: exact for any differentiable module.
 
     The random state of the first run is replayed, buffers that the forward changes are copies, attention and recurrent
-    layers run in their plain form, which has forward mode. Raises InrunError where an operator has none.
+    layers run in their plain form, which has forward mode. Raises NoForwardModeError where an operator has none.
     """
-    own = module._parameters
+    own = dict(module.named_parameters(remove_duplicate=False))  # of a module inside, too
     replayed = random_state.replayed() if random_state is not None else nullcontext()
     with torch.no_grad(), plain_kernels(), replayed, forward_ad.dual_level():
         duals: dict[str, Tensor] = {}
         for name, towards in direction.items():
-            parameter = own[name]
-            if parameter is not None:
-                dual = forward_ad.make_dual(parameter.detach(), towards.to(parameter.dtype))  # type: ignore[no-untyped-call]
-                duals[name] = dual
+            parameter = own[name].detach()
+            duals[name] = forward_ad.make_dual(parameter, towards.to(parameter.dtype))  # type: ignore[no-untyped-call]
         try:
             output = run_again(module, duals, args, kwargs)
         except NotImplementedError as error:
-            raise InrunError(
+            raise NoForwardModeError(
                 f"{type(module).__name__}: one of its operators has no forward-mode derivative ({error}). Write a rule "
                 "with inrun.tangent.register_tangent, or freeze the module (requires_grad_(False))."
             ) from error

@@ -88,8 +88,19 @@ def is_norm(module: nn.Module) -> bool:
 
 def pulled_back(call: Call, examples: int) -> dict[str, Tensor]:
     """The generic rule: the unit run again on its inputs, and one pull-back per example. Exact for any unit."""
+    found = {name: p.new_zeros(examples, *p.shape) for name, p in call.unit.parameters.items()}
+
+    def put(i: int, g: dict[str, Tensor]) -> None:
+        for name, gradient in g.items():
+            found[name][i] = gradient
+
+    pull_back_each(call, examples, put)
+    return found
+
+
+def pull_back_each(call: Call, examples: int, see: Callable[[int, dict[str, Tensor]], None]) -> None:
+    """`see(i, g)` with the gradients of one example after another, by name, of the parameters that it depends on."""
     own = {name: p.detach().requires_grad_() for name, p in call.unit.parameters.items()}
-    found = {name: p.new_zeros(examples, *p.shape) for name, p in own.items()}
     replayed = call.random_state.replayed() if call.random_state is not None else nullcontext()
     with torch.enable_grad(), replayed:
         leaves, _ = tree_flatten(run_again(call.unit.module, own, *call.inputs()))
@@ -102,10 +113,7 @@ def pulled_back(call: Call, examples: int) -> dict[str, Tensor]:
     for i in range(examples if outputs else 0):
         masked = [part.of(i) for part in parts]
         got = torch.autograd.grad(outputs, list(own.values()), masked, retain_graph=True, allow_unused=True)
-        for g, gradient in zip(found.values(), got, strict=True):
-            if gradient is not None:
-                g[i] = gradient
-    return found
+        see(i, {name: g for name, g in zip(own, got, strict=True) if g is not None})
 
 
 class _Parts:

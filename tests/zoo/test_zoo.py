@@ -1,0 +1,39 @@
+"""Every architecture of the zoo is valued as per-example autograd does it, or refused with an error that says why."""
+
+import pytest
+
+from inrun import InrunError
+from inrun.kernels import Kernel
+from tests.zoo import ZOO
+from tests.zoo.check import WAYS, Scheme, largest_error
+from tests.zoo.page import PAGE, named
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize(("scheme", "kernel"), WAYS)
+@pytest.mark.parametrize("name", [name for name, entry in ZOO.items() if not entry.single])
+def test_values_agree_or_are_refused(name: str, scheme: Scheme, kernel: Kernel, request: pytest.FixtureRequest) -> None:
+    entry = ZOO[name]
+    if entry.wrong:
+        request.applymarker(pytest.mark.xfail(strict=True, reason=entry.wrong))
+    if entry.refused:
+        with pytest.raises(InrunError, match=entry.refused):
+            largest_error(entry, scheme, kernel)
+    else:
+        assert largest_error(entry, scheme, kernel) < 1e-8
+
+
+SINGLE = ["gpt2", "llama, tied", "gemma2", "mixtral", "bert", "t5, position bias frozen", "vit", "Conv2d", "LSTM",
+          "TransformerEncoder", "EmbeddingBag"]  # fmt: skip
+
+
+@pytest.mark.parametrize("kernel", ["auto", "tangent"])
+@pytest.mark.parametrize("name", SINGLE)
+def test_values_in_single_precision(name: str, kernel: Kernel) -> None:
+    assert largest_error(ZOO[name], "first", kernel) < 1e-4
+
+
+def test_the_page_is_up_to_date() -> None:
+    """`python -m tests.zoo` writes it."""
+    found = named(PAGE.read_text())
+    assert found == {name: (entry.family, entry.verdict) for name, entry in ZOO.items()}
