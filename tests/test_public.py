@@ -15,8 +15,9 @@ README = Path(__file__).parents[1] / "README.md"
 
 def test_the_public_names_are_these_and_can_be_had() -> None:
     assert inrun.__all__ == [
-        "Attributor", "ConservationError", "CoupledUpdate", "InrunError", "Ledger", "LedgerError", "NonFiniteError",
-        "Step", "Update", "audit", "oracle", "register_update", "write_examples",
+        "Attributor", "ConservationError", "CoupledUpdate", "InrunError", "Ledger", "LedgerError",
+        "MixedExamplesWarning", "NonFiniteError", "Step", "Update", "audit", "oracle",
+        "register_update", "write_examples",
     ]  # fmt: skip
     assert dir(inrun) == inrun.__all__
     for name in inrun.__all__:

@@ -7,7 +7,7 @@ if TYPE_CHECKING:
     from inrun import oracle
     from inrun.attributor import Attributor, audit
     from inrun.books import ConservationError
-    from inrun.errors import InrunError, NonFiniteError
+    from inrun.errors import InrunError, MixedExamplesWarning, NonFiniteError
     from inrun.ledger import Ledger, LedgerError, write_examples
     from inrun.step import Step
     from inrun.update import CoupledUpdate, Update, register_update
@@ -19,6 +19,7 @@ __all__ = [
     "InrunError",
     "Ledger",
     "LedgerError",
+    "MixedExamplesWarning",
     "NonFiniteError",
     "Step",
     "Update",
@@ -34,7 +35,7 @@ _HOMES = {
     "ConservationError": "inrun.books",
     "Step": "inrun.step",
     **dict.fromkeys(("CoupledUpdate", "Update", "register_update"), "inrun.update"),
-    **dict.fromkeys(("InrunError", "NonFiniteError"), "inrun.errors"),
+    **dict.fromkeys(("InrunError", "MixedExamplesWarning", "NonFiniteError"), "inrun.errors"),
     **dict.fromkeys(("Ledger", "LedgerError", "write_examples"), "inrun.ledger"),
 }
 

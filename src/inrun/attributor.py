@@ -24,8 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from inrun.books import groups_of
-from inrun.capture import Capture, find_units, trained_parameters
+from inrun.capture import Capture
 from inrun.captured import Captured
 from inrun.compiled import GRAPHS
 from inrun.credit import Credit
@@ -37,10 +36,11 @@ from inrun.gradient import Received, same, sample, square
 from inrun.kernels import Kernel, Kernels
 from inrun.ledger import LedgerWriter
 from inrun.plan import Plan, plan_of
-from inrun.provenance import describe
+from inrun.provenance import coverage, describe
 from inrun.scratch import Scratch, free_memory, gib
 from inrun.step import Microbatch, Step, as_ids
 from inrun.target import DOUBLE_BACKWARD, Evaluation, Loss, Target, saved_plainly
+from inrun.units import Units, trained_parameters
 from inrun.update import Moved, Update, check_move, update_of
 from inrun.valuation import Account, Valued, train_loss
 
@@ -143,12 +143,12 @@ class Attributor:
         self._updates = {optimizer: update_of(optimizer) for optimizer in self.optimizers}
         self._names = trained_parameters(model, self.optimizers)
         way = scheme_of(scheme, nodes, rule, tolerance, max_nodes, refresh, self._names)
-        units = find_units(model, set(self._names))
+        self._units = units = Units(model, self._names)
+        self._described = units.all
         self._evaluation = evaluation = Evaluation(model, called=given)
         self._targets = [Target(name, batches, loss, evaluation, refresh) for name, batches in targets.items()]
         for target in self._targets:
             target.gradient(0, list(self._names))  # a target that cannot be used is refused now, not in mid-run
-        groups = groups_of(units)
         self._room = free_memory() // 2 if memory == "auto" else memory
         folder = None if ledger is None else Path(ledger)
         self._account: Account | Credit
@@ -156,9 +156,9 @@ class Attributor:
             if audit_permutations or nonfinite == "skip" or refresh != 1:
                 raise InrunError("momentum='credit' goes with none of audit_permutations=, nonfinite='skip', refresh=.")
             scratch = Scratch(self._room, folder)
-            self._account = Credit(self._targets, way, groups, self._names, list(self._updates.values()), scratch)
+            self._account = Credit(self._targets, way, units, self._names, list(self._updates.values()), scratch)
         else:
-            self._account = Account(self._targets, way, groups)
+            self._account = Account(self._targets, way, units)
         self._received = Received(self._names)
         self._pending: list[Microbatch] = []
         self._open = False
@@ -173,7 +173,7 @@ class Attributor:
         if ledger is not None:
             run = describe(
                 self.optimizers,
-                units,
+                units.all,
                 self._targets,
                 scheme=scheme,
                 nodes=nodes,
@@ -254,6 +254,9 @@ class Attributor:
                 "inside of it (and checkpoint a whole model with use_reentrant=False)."
             )
         self._id_type = type(found[0])
+        if self._ledger is not None and self._described is not self._units.all:  # as this forward has shown
+            self._described = self._units.all
+            self._ledger.describe({"coverage": coverage(self._described)})
         if sum(m.captured.size() for m in (*self._pending, microbatch) if not m.captured.spilled) > self._room:
             self._spill(microbatch)
         self._pending.append(microbatch)

@@ -15,8 +15,8 @@ from inrun.direction import displaced, displacements
 from inrun.errors import InrunError
 from inrun.gradient import wide
 from inrun.piece import Moves
-from inrun.probe import Unit
 from inrun.target import Target
+from inrun.units import Group
 
 # what rounding may do to a group's sum, relative to |G| |q| + sum |b| |tangent|: ten times or more what was measured
 # (7e-8 in float32; 4e-9 in float64 models that compute a norm in float32), and far below a missing call or example
@@ -30,27 +30,6 @@ NOTHING = 1e-20
 
 class ConservationError(InrunError):
     """The values of a step do not add up to what the optimizer received: some use of a parameter was not seen."""
-
-
-@dataclass(frozen=True, eq=False)
-class Group:
-    """Units that share parameters (most stand alone), checked together because g_i is the gradient of the
-    shared parameter.
-    """
-
-    units: tuple[Unit, ...]
-    parameters: dict[nn.Parameter, str]
-
-
-def groups_of(units: Sequence[Unit]) -> list[Group]:
-    """The units joined wherever they share a parameter."""
-    groups: list[list[Unit]] = []
-    for unit in units:
-        mine = set(unit.parameters.values())
-        joined = [g for g in groups if any(mine & set(other.parameters.values()) for other in g)]
-        groups = [g for g in groups if g not in joined]
-        groups.append([member for g in joined for member in g] + [unit])
-    return [Group(tuple(g), {p: f"{u.name}.{n}" for u in reversed(g) for n, p in u.parameters.items()}) for g in groups]
 
 
 def check_conservation(

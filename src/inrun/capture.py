@@ -5,6 +5,7 @@ gradients of the outputs: it lets the unit form every example's gradient (inrun.
 the inputs of the call until the step (inrun.captured). The model's own hooks tell where a forward begins and ends.
 """
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -12,84 +13,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.utils.parametrize import ParametrizationList
-from torch.optim import Optimizer
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from torch.utils.hooks import RemovableHandle
 
 from inrun.captured import Call, Captured, Hook
 from inrun.compiled import GRAPHS, State, Traced, UnitHook, compile_anew, encoded
-from inrun.errors import InrunError
+from inrun.errors import InrunError, MixedExamplesWarning
 from inrun.hooks import form, keep_gradient, on_gradient, pay, watch
+from inrun.inputs import Inputs
 from inrun.kernels import Kernels
-from inrun.probe import Found, Inputs, Probe, Unit, expanded, tensors
-from inrun.rows import Rows
+from inrun.operations import tensors
+from inrun.probe import Found, Leaves, Probe, expanded
+from inrun.rows import Rows, Unknown
+from inrun.state import Before
 from inrun.tangent.fused import fused, is_convolution, parameter_gradients
-from inrun.tangent.generic import RandomState
 from inrun.tangent.ghost import Pair
 from inrun.tangent.per_example import unchanged
-from inrun.tangent.rules import has_closed_form
 from inrun.target import aside, uncompiled
-
-
-def trained_parameters(model: nn.Module, optimizers: Sequence[Optimizer]) -> dict[nn.Parameter, str]:
-    """The parameters that the optimizers move, with their names in the model.
-
-    Raises InrunError if one is not the model's, if two optimizers hold it, or if none is trained.
-    """
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None:
-            raise InrunError(f"{name}: an embedding with max_norm rewrites its weight when read: build it without.")
-    names = {p: name for name, p in model.named_parameters()}
-    trained: dict[nn.Parameter, str] = {}
-    groups = [(k, group) for optimizer in optimizers for k, group in enumerate(optimizer.param_groups)]
-    for k, group in groups:
-        for p in group["params"]:
-            if p in trained:
-                raise InrunError(f"{names[p]} is held by two optimizers: give each parameter to one of them.")
-            if p not in names:
-                raise InrunError(
-                    f"the optimizer's group {k} holds a parameter of shape {tuple(p.shape)} that is not the model's. "
-                    "Give the Attributor the module that holds all parameters of the optimizer (and build the "
-                    "optimizer after the model was moved or wrapped)."
-                )
-            if p.is_complex():
-                raise InrunError(f"{names[p]}: complex parameters are not supported.")
-            if p.requires_grad:
-                trained[p] = names[p]
-    if not trained:
-        raise InrunError(
-            "the model is frozen: no parameter of the optimizer has requires_grad, so no example can have a value."
-        )
-    return trained
-
-
-def find_units(model: nn.Module, trained: set[nn.Parameter]) -> list[Unit]:
-    """All modules of the model that own at least one of the trained parameters directly.
-
-    Attention of torch's own reads the weight of its `out_proj` and never calls it: it counts as the owner.
-
-    Raises InrunError if one of these computes another module's weight.
-    """
-    units = []
-    read: set[nn.Module] = set()  # by the module around them
-    for name, module in model.named_modules():
-        if module in read:
-            continue
-        own = {n: p for n, p in module._parameters.items() if p is not None and p in trained}
-        if isinstance(module, nn.MultiheadAttention):
-            read.add(module.out_proj)
-            own |= {f"out_proj.{n}": p for n, p in module.out_proj.named_parameters(recurse=False) if p in trained}
-        if isinstance(module, ParametrizationList) and any(p in trained for p in module.parameters()):
-            raise InrunError(
-                f"{name}: a weight that torch.nn.utils.parametrize computes of other parameters is not supported: a "
-                "whole batch uses what is computed once. Take it off (parametrize.remove_parametrizations), freeze its "
-                "parameters (requires_grad_(False)), or write a module that owns them and computes its output of them."
-            )
-        if own:
-            units.append(Unit(name or type(model).__name__, module, own))
-    return units
-
+from inrun.units import Unit, Units
 
 _MOST_FOUND = 64  # structures of inputs whose rows are remembered
 
@@ -97,12 +38,12 @@ _MOST_FOUND = 64  # structures of inputs whose rows are remembered
 class Capture:
     """The hooks on a model. Nothing is kept outside of an open batch, nor in evaluation."""
 
-    def __init__(self, model: nn.Module, units: Sequence[Unit], kernels: Kernels, batch_dim: int = 0) -> None:
-        self._model, self._kernels, self._batch_dim = model, kernels, batch_dim
-        self._device = next(iter(units[0].parameters.values())).device.type
+    def __init__(self, model: nn.Module, units: Units, kernels: Kernels, batch_dim: int = 0) -> None:
+        self._model, self._units, self._kernels, self._batch_dim = model, units, kernels, batch_dim
+        self._device = next(iter(units.all[0].parameters.values())).device.type
         self.autocast: torch.dtype | None = None  # around the newest forward
-        self._batch_norms = [(name, m) for name, m in model.named_modules() if isinstance(m, _BatchNorm)]
-        self._probe = Probe(model)
+        self._probe = Probe(model, units)
+        self._warned = False
         self._open: Captured | None = None
         self._before: Callable[[], None] = _nothing
         self._watched: dict[Unit, list[Pair]] | None = None
@@ -115,14 +56,27 @@ class Capture:
         self._found: dict[tuple[object, ...], Found] = {}
         self._now: Found | None = None
         self._merges: set[int] = set()
-        self._random_states: dict[Unit, RandomState] = {}
-        self._state = state = State()
+        self._before_calls: dict[Unit, Before] = {}
+        self._state = State()
         self._in_graphs = False  # every unit can be in a graph
-        self._hooks = {unit: UnitHook(state, self._after_unit, unit, self._take) for unit in units}
+        self._hooks: dict[Unit, UnitHook] = {}
+        self._handles: list[RemovableHandle] = []
+        self._attach()
+
+    def _attach(self) -> None:
+        """Put hooks on the model and its units, in place of those that there are."""
+        for handle in self._handles:
+            handle.remove()
+        state, model = self._state, self._model
+        self._hooks = {
+            unit: self._hooks.get(unit) or UnitHook(state, self._after_unit, unit, self._take)
+            for unit in self._units.all
+        }
         handles: list[RemovableHandle] = []
         for unit, hook in self._hooks.items():
-            if not has_closed_form(unit.module):
-                handles.append(unit.module.register_forward_pre_hook(Traced(state, self._before_unit, unit)))
+            if not unit.closed_form and unit.module is not model:
+                found = Traced(state, self._before_unit, unit)  # ahead of hooks that change what the module holds
+                handles.append(unit.module.register_forward_pre_hook(found, prepend=True))
             handles.append(unit.module.register_forward_hook(hook, with_kwargs=True))
         # the model's own go around its unit's, if it is one
         before, after = Traced(state, self._before_model), Traced(state, self._after_model)
@@ -151,7 +105,7 @@ class Capture:
                 yield
         finally:
             self._open, self._before, self._state.mode = None, _nothing, "off"
-            self._random_states.clear()
+            self._before_calls.clear()
             for hook in self._hooks.values():
                 hook.key.grad = None
         # a call whose outputs met no gradient adds nothing
@@ -166,10 +120,8 @@ class Capture:
         self._with_gradients = torch.is_grad_enabled()
         if not self._with_gradients:
             return
-        self._refuse_unsupported()
         self.autocast = self._cast_to()
-        self._state.mode = "off"  # while the model is run for the targets, and to find the rows
-        self._before()
+        self._state.mode = "off"  # while the model is run to find the rows, and for the targets
         examples = self._open.examples
         inputs = Inputs(args, kwargs, self._batch_dim)
         carrying = inputs.carrying(examples)
@@ -186,14 +138,40 @@ class Capture:
             if len(self._found) >= _MOST_FOUND:
                 self._found.clear()
             found = self._probe.find(inputs, examples)
+            if list(self._hooks) != self._units.all:
+                self._found.clear()
+                self._attach()
             self._found[inputs.signature] = self._found[inputs.exact()] = found
             self._lay_out()
+            self._warn(found)
+        if not found.moving:  # or a target would be met as it is before the forward by one kernel, after it by others
+            self._before()
         self._now, self._merges, self._calls_of = found, inputs.merges(found.carrying), {}
+        for unit in self._hooks:
+            if unit.module is model and not unit.closed_form:
+                self._before_unit(unit, model, args)
         self._state.mode = "on"
+
+    def _warn(self, found: Found) -> None:
+        """Say once that the examples of a batch are mixed."""
+        if not found.mixed or self._warned:
+            return
+        self._warned = True
+        norms = [name for name, m in self._model.named_modules() if isinstance(m, _BatchNorm) and m.training]
+        cause, way_out = "the model mixes the examples of a batch", ""
+        if norms:
+            cause = f"batch normalisation in training mode mixes the examples of a batch ({', '.join(norms)})"
+            way_out = " To have one, freeze the statistics (call eval() on these modules after model.train())."
+        warnings.warn(
+            f"{cause}, as is seen in {found.mixed}. No example has a loss of its own then: its value is what went "
+            f"through its own rows, the losses of others included.{way_out}",
+            MixedExamplesWarning,
+            stacklevel=2,
+        )
 
     def _lay_out(self) -> None:
         """Find the units that can be in a graph: one output, laid out in all calls the same, and a closed form."""
-        layouts: dict[Unit, set[tuple[Rows | None, ...]]] = {}
+        layouts: dict[Unit, set[Leaves]] = {}
         counted = any(found.counted for found in self._found.values())
         for found in self._found.values():
             for (unit, _), of in found.rows.items():
@@ -201,7 +179,7 @@ class Capture:
         for unit, hook in self._hooks.items():
             every = layouts.get(unit, set())
             rows, *others = next(iter(every)) if len(every) == 1 else (None,)
-            if rows is None or others or not has_closed_form(unit.module) or (rows.merged and counted):
+            if not isinstance(rows, Rows) or others or not unit.closed_form or (rows.merged and counted):
                 hook.rows = None
             else:
                 hook.rows = encoded(rows)
@@ -243,16 +221,6 @@ class Capture:
         sink = captured.formed if fuses else None
         return parameter_gradients(unit.module, inputs[0], b, rows, N, sink, parameters)
 
-    def _refuse_unsupported(self) -> None:
-        for name, module in self._batch_norms:
-            if not module.training and module.running_mean is not None:
-                continue
-            raise InrunError(
-                f"{name}: batch normalisation in training mode mixes the examples of a batch, so that none has a "
-                "gradient of its own. Freeze its statistics (call eval() on this module after model.train()), or use "
-                "GroupNorm."
-            )
-
     def _cast_to(self) -> torch.dtype | None:
         """What autocast casts to here and now; a model's own forward may enter it."""
         return torch.get_autocast_dtype(self._device) if torch.is_autocast_enabled(self._device) else None
@@ -292,18 +260,16 @@ class Capture:
             torch.autograd.Variable._execution_engine.queue_callback(end)
 
     def _before_unit(self, unit: Unit, module: nn.Module, args: tuple[Any, ...]) -> None:
-        if self._open is not None and not aside() and torch.is_grad_enabled() and module.training:
-            self._random_states[unit] = RandomState.of(module)
+        if self._open is not None and not aside() and torch.is_grad_enabled():
+            self._before_calls[unit] = Before(module)
 
     def _after_unit(
         self, unit: Unit, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Any:
-        if self._probe.recording:
-            return self._probe.see(unit, output)
         if self._watched is not None and self._kernels.watches(unit) and output.requires_grad:
             (x,) = (*args, *kwargs.values())
             on_gradient(output, watch(self._watched.setdefault(unit, []), x.detach()))
-        if self._open is None or aside():
+        if self._open is None or aside() or not unit.stands():
             return None
         if _in_backward():
             return self._after_recomputed(self._open, unit, args, kwargs, output)
@@ -379,6 +345,11 @@ class Capture:
                 "eval mode, cannot be attributed."
             )
         watched = [k for k, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.requires_grad]
+        for k, unknown in [(k, r) for k, r in enumerate(rows) if isinstance(r, Unknown) and k in watched]:
+            leaves[k] = leaves[k].view_as(leaves[k])
+            leaves[k].register_hook(_refuse(unknown))
+            watched.remove(k)
+        rows = tuple(None if isinstance(r, Unknown) else r for r in rows)
         wholes = {k: expanded(leaves[k], rows[k], captured.examples, unit) for k in watched}
         for leaf, found in wholes.values():
             entries = leaf.shape[found.dim or 0] // captured.examples
@@ -403,11 +374,11 @@ class Capture:
             return None
         args, kwargs = tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, (tuple(args), dict(kwargs)))
         versions = [x._version for x in tensors((args, kwargs))]
-        random_state = self._random_states.pop(unit, None)
+        before = self._before_calls.pop(unit, None)
+        if before is not None:
+            before.called()
         nothing: list[Tensor | None] = [None] * len(leaves)
-        call = Call(
-            unit, args, kwargs, unit.module.training, self._cast_to(), random_state, versions, list(rows), nothing
-        )
+        call = Call(unit, args, kwargs, unit.module.training, self._cast_to(), before, versions, list(rows), nothing)
         call.late = kernel == "late"
         formed = kernel == "formed"
         for k, (leaf, found) in wholes.items():
@@ -427,6 +398,13 @@ class Capture:
 
 def _nothing() -> None:
     return None
+
+
+def _refuse(unknown: Unknown) -> Callable[[Tensor], None]:
+    def hook(gradient: Tensor) -> None:
+        raise InrunError(unknown.why)
+
+    return hook
 
 
 def _key(unit: Unit, leaves: Sequence[Any]) -> tuple[object, ...]:

@@ -13,10 +13,12 @@ from torch.utils._pytree import tree_map
 from inrun.errors import InrunError
 from inrun.formed import Formed
 from inrun.gradient import wide
-from inrun.probe import Unit, tensors
+from inrun.operations import tensors
 from inrun.rows import Rows
 from inrun.scratch import Kept, Scratch
-from inrun.tangent.generic import RandomState, in_mode
+from inrun.state import Before
+from inrun.tangent.generic import in_mode
+from inrun.units import Unit
 
 
 @dataclass(eq=False)
@@ -28,7 +30,7 @@ class Call:
     kwargs: dict[str, Any]
     training: bool
     autocast: torch.dtype | None
-    random_state: RandomState | None
+    before: Before | None
     versions: list[int]
     rows: list[Rows | None]
     gradients: list[Tensor | None]

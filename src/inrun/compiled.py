@@ -19,9 +19,9 @@ from torch.autograd import Function
 
 from inrun.captured import Call, Hook
 from inrun.errors import InrunError
-from inrun.probe import Unit
 from inrun.rows import Rows
 from inrun.tangent.fused import is_linear, linear_to_input, turned
+from inrun.units import Unit
 
 GRAPHS = torch.__version__ >= "2.13"  # none of before was tested
 

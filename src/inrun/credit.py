@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from inrun.books import Group, check_contributions
+from inrun.books import check_contributions
 from inrun.direction import Scheme, Watch, displacements
 from inrun.errors import InrunError, NonFiniteError
 from inrun.gradient import Received, wide
@@ -29,6 +29,7 @@ from inrun.piece import Moves
 from inrun.scratch import Kept, Key, Scratch, gib, size_of
 from inrun.step import Id, Microbatch, Step
 from inrun.target import Target
+from inrun.units import Units
 from inrun.update import Mix, Moved, SGDUpdate, Update
 from inrun.valuation import Valued, contributions, made_anew, train_loss
 
@@ -115,7 +116,7 @@ class Credit:
         self,
         targets: Sequence[Target],
         scheme: Scheme,
-        groups: Sequence[Group],
+        units: Units,
         names: Mapping[nn.Parameter, str],
         updates: Sequence[Update],
         scratch: Scratch,
@@ -126,7 +127,7 @@ class Credit:
                     "momentum='credit' is for optimizers whose move is a linear mix of past gradients: SGD, Adam and "
                     f"AdamW; not for {type(update).__name__.removesuffix('Update')}. Use momentum='account'."
                 )
-        self._targets, self._scheme, self._groups, self._names = targets, scheme, groups, names
+        self._targets, self._scheme, self._units, self._names = targets, scheme, units, names
         self._scratch = scratch
         self._of = [target.name for target in targets]
         self._blocks: list[_Block] = [_Block()]
@@ -165,7 +166,7 @@ class Credit:
         valued = Valued(Step(step, ids, {}, {}, train_loss(pending)))
         self._before = {target.name: target.loss(step) for target in self._targets} if audited else {}
         g = contributions(pending, received.scales(moves, lambda: made_anew(pending)))
-        conservation = check_contributions(self._groups, g, moves, _cast(pending), f"step {step}")
+        conservation = check_contributions(self._units.groups, g, moves, _cast(pending), f"step {step}")
         mixes = {p: moved.update.mix(moved) for p, moved in moves.items()}
         moved_by = displacements(moves, 1.0)
         # the straight way of the real move is that of plain SGD on the gradient -D

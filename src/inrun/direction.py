@@ -30,9 +30,9 @@ from inrun.errors import InrunError
 from inrun.formed import Ahead
 from inrun.gradient import wide
 from inrun.piece import Moves, Piece, Room
-from inrun.probe import Unit
 from inrun.tangent.ghost import Pair
 from inrun.target import Target
+from inrun.units import Unit
 
 # a block in which a target's pass shows the units' inputs and output gradients
 Watch = Callable[[], AbstractContextManager[dict[Unit, list[Pair]]]]

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from inrun.errors import InrunError
 from inrun.gradient import wide
-from inrun.probe import Unit
 from inrun.tangent.ghost import Pair
+from inrun.units import Unit
 
 EVERYONE = slice(None)
 _ENTRIES = 2**17  # of each vector are looked at together: they fit a processor's cache

@@ -7,10 +7,10 @@ from torch import Tensor
 
 from inrun.captured import Call, Captured, check_version
 from inrun.gradient import wide
-from inrun.probe import Unit
 from inrun.rows import Rows
 from inrun.tangent.ghost import Pair, ghost, ghost_bias
 from inrun.tangent.per_example import rule_of
+from inrun.units import Unit
 
 
 def on_gradient(output: Tensor, hook: Callable[[Tensor], None]) -> None:

@@ -11,7 +11,6 @@ for N examples of R rows, M rows of a target, I features in and O out. What is c
 from how many operations the device does while it moves a byte, never from a clock: a run takes the same way each time.
 """
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -20,9 +19,9 @@ from torch import Tensor
 
 from inrun.captured import Captured
 from inrun.errors import InrunError
-from inrun.probe import Unit
 from inrun.tangent.fused import is_convolution, is_linear, turned
 from inrun.tangent.per_example import is_norm, unchanged
+from inrun.units import Unit, Units
 
 Kernel = Literal["auto", "tangent", "perexample", "ghost"]
 How = Literal["fused", "formed", "late", "tangent", "ghost"]
@@ -75,7 +74,7 @@ class Kernels:
     """
 
     def __init__(
-        self, kernel: Kernel, units: Sequence[Unit], targets: int, at_once: bool, refresh: int, memory: int | None
+        self, kernel: Kernel, units: Units, targets: int, at_once: bool, refresh: int, memory: int | None
     ) -> None:
         if kernel == "ghost" and (not at_once or refresh != 1):
             raise InrunError(
@@ -83,12 +82,10 @@ class Kernels:
                 "scheme='first' with SGD and momentum='account' values, with a target pass at every step. Use "
                 "kernel='auto'."
             )
-        uses = Counter(p for unit in units for p in unit.parameters.values())
-        self._alone = {unit for unit in units if all(uses[p] == 1 for p in unit.parameters.values())}
-        self._kernel, self._targets, self._at_once, self._memory = kernel, targets, at_once, memory
+        self._units, self._kernel, self._targets, self._at_once, self._memory = units, kernel, targets, at_once, memory
         # a checkpoint holds a gradient that later steps use, but not what it was made of
         self._ghosts = at_once and refresh == 1 and kernel in ("auto", "ghost")
-        self._device = next(iter(uses)).device.type
+        self._device = next(iter(units.group_of)).device.type
         self._used = 0
         self.calls: list[Chosen] = []  # of the step
 
@@ -102,7 +99,8 @@ class Kernels:
 
     def watches(self, unit: Unit) -> bool:
         """Whether the unit can use the inputs and output gradients of a target's pass."""
-        return self._ghosts and unit in self._alone and _linear(unit) and unchanged(unit.module)
+        alone = len(self._units.groups[self._units.group_of[next(iter(unit.parameters.values()))]].units) == 1
+        return self._ghosts and alone and _linear(unit) and unchanged(unit.module)
 
     def of(self, unit: Unit, captured: Captured, inputs: Sequence[Any], output: Any, fits: bool) -> How:
         """How the unit's call with these inputs and this output is valued.
@@ -163,7 +161,7 @@ def work(how: How, shape: Shape, targets: int, target_rows: Sequence[int], at_on
 
 
 def _linear(unit: Unit) -> bool:
-    return is_linear(unit.module) and "weight" in unit.parameters
+    return unit.closed_form and is_linear(unit.module) and "weight" in unit.parameters
 
 
 def _shape(unit: Unit, captured: Captured, x: Tensor, output: Tensor) -> Shape | None:

@@ -1,178 +1,188 @@
-"""Runs the model to find out whose rows are whose (inrun.rows), and leaves it as it was."""
+"""Runs the model to find out whose rows are whose (inrun.rows) and where parameters are used (inrun.units).
 
-import math
-from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
+The model is left as it was.
+"""
+
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from itertools import combinations
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from inrun.errors import InrunError
 from inrun.gradient import same
-from inrun.rows import Rows, find_rows, shuffled
+from inrun.inputs import Inputs
+from inrun.operations import Operations, Reads, drawn, tensors
+from inrun.rows import Rows, Unknown, find_rows, shuffled, without_last
+from inrun.rows import same as same_rows
 from inrun.target import Evaluation
+from inrun.units import Unit, Units
 
-
-@dataclass(frozen=True, eq=False)
-class Unit:
-    """A module and the trained parameters it owns directly, by their names in the module."""
-
-    name: str
-    module: nn.Module
-    parameters: dict[str, nn.Parameter]
+Leaves = tuple[Rows | Unknown | None, ...]  # of an output; None: not a tensor
 
 
 @dataclass(frozen=True)
 class Found:
     """The rows of every call's outputs under one structure of inputs, and the inputs that carry the examples."""
 
-    rows: Mapping[tuple[Unit, int], tuple[Rows | None, ...]]
+    rows: Mapping[tuple[Unit, int], Leaves]
     carrying: tuple[int, ...]
     counted: bool  # an operation chose entries by their values, so that the examples may have different numbers of them
+    outputs: tuple[int | None, ...] = ()  # of the model's output, leaf by leaf the dimension that holds the examples
+    mixed: str = ""  # where the examples of a batch were first seen to be mixed
+    moving: bool = False  # the forward in train mode changes what the model holds besides its parameters
 
     @property
     def merged(self) -> bool:
         """Whether any output merges the examples with another dimension."""
-        return any(r is not None and r.merged for of in self.rows.values() for r in of)
+        return any(isinstance(r, Rows) and r.merged for of in self.rows.values() for r in of)
+
+    def batchless(self) -> list[Unit]:
+        """The units of which a call's output has no example dimension."""
+        return list(dict.fromkeys(u for (u, _), of in self.rows.items() if any(map(_is_batchless, of))))
+
+    def only(self, unit: Unit) -> "Found":
+        """The same of one unit alone."""
+        return replace(self, rows={key: of for key, of in self.rows.items() if key[0] is unit})
 
     def unled(self) -> "Found":
         """The same, with no leading dimension of one taken for the examples'."""
-        rows = {key: tuple(r and replace(r, led=False) for r in of) for key, of in self.rows.items()}
+        rows = {
+            key: tuple(replace(r, led=False) if isinstance(r, Rows) else r for r in of) for key, of in self.rows.items()
+        }
         return replace(self, rows=rows)
 
 
-class Inputs:
-    """The arguments of the model's call, and which of their tensors carry the examples."""
-
-    def __init__(self, args: Sequence[Any], kwargs: Mapping[str, Any], batch_dim: int) -> None:
-        self.leaves, self._spec = tree_flatten((tuple(args), dict(kwargs)))
-        self.batch_dim = batch_dim
-        # the structure under which what was found once stays true: everything but the sizes and the values
-        self.signature = (str(self._spec), *(self._sign(leaf) for leaf in self.leaves))
-
-    @staticmethod
-    def _sign(leaf: Any) -> object:
-        if isinstance(leaf, Tensor):
-            return leaf.ndim, leaf.dtype
-        return (type(leaf), leaf) if isinstance(leaf, Hashable) else type(leaf)
-
-    def exact(self) -> tuple[object, ...]:
-        """The signature with the sizes and the single numbers, on which a merged layout may hang."""
-        tensors = [x for x in self.leaves if isinstance(x, Tensor)]
-        sizes = [
-            x.item() if x.ndim == 0 else tuple(n for d, n in enumerate(x.shape) if d != self.batch_dim) for x in tensors
-        ]
-        return (*self.signature, *sizes)
-
-    def carrying(self, examples: int) -> list[int]:
-        """The places of the tensors that have this many entries in the batch dimension."""
-        d = self.batch_dim
-        return [k for k, x in enumerate(self.leaves) if isinstance(x, Tensor) and x.ndim > d and x.shape[d] == examples]
-
-    def merges(self, carrying: Sequence[int]) -> set[int]:
-        """The products of other dimensions of these tensors: what a reshape can merge with the examples."""
-        found = set()
-        for k in carrying:
-            rest = [size for d, size in enumerate(self.leaves[k].shape) if d != self.batch_dim]
-            found |= {math.prod(some) for n in range(len(rest) + 1) for some in combinations(rest, n)}
-        return found
-
-    def shapes(self) -> str:
-        return ", ".join(str(tuple(x.shape)) for x in self.leaves if isinstance(x, Tensor)) or "no tensors"
-
-    def reordered(self, carrying: Sequence[int], order: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments for the examples `order`."""
-        leaves = list(self.leaves)
-        for k in carrying:
-            leaves[k] = leaves[k].index_select(self.batch_dim, order.to(leaves[k].device))
-        args, kwargs = tree_unflatten(leaves, self._spec)
-        return args, kwargs
+def _is_batchless(rows: Rows | Unknown | None) -> bool:
+    return isinstance(rows, Rows) and rows.dim is None
 
 
 class Probe:
-    """Finds the rows of every unit's outputs. Hooks on the units hand their outputs to `see` while it is
-    `recording`.
-    """
+    """Runs a model to find the rows of every unit's outputs, and which parameters are used where."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
+    def __init__(self, model: nn.Module, units: Units) -> None:
+        self._model, self._units = model, units
         self._evaluation, self._as_it_is = Evaluation(model), Evaluation(model, evaluate=False)
-        self._recording: _Recording | None = None
-
-    @property
-    def recording(self) -> bool:
-        return self._recording is not None
-
-    def see(self, unit: Unit, output: Any) -> Any:
-        """A unit's output while the model is run; what it returns takes the output's place."""
-        return None if self._recording is None else self._recording.see(unit, output)
 
     def find(self, inputs: Inputs, examples: int) -> Found:
-        """The rows under this structure of inputs.
+        """The rows under this structure of inputs, with the units that the model's parameters have from now on.
 
-        Raises InrunError where they cannot be told, or where a batchless output cannot be given an example dimension.
+        Raises InrunError where rows cannot be told, of any module that could be the unit of a parameter.
         """
-        carrying, order = inputs.carrying(examples), shuffled(examples)
-        counted = False
+        while True:
+            carrying, order = inputs.carrying(examples), shuffled(examples)
+            reads: Reads = defaultdict(dict)
+            found, problems = self._rows(inputs, carrying, order, None if self._model.training else reads)
+            if not problems:
+                found, problems = self._expandable(inputs, order, found)
+            if not problems and self._model.training:
+                found = self._trained(inputs, examples, found, reads)
+            if not self._units.settle(reads, problems):
+                return found
+
+    def _rows(
+        self, inputs: Inputs, carrying: list[int], order: Tensor, reads: Reads | None
+    ) -> tuple[Found, dict[Unit, InrunError]]:
+        """The rows of every output, and of which units they cannot be told."""
+        examples, counted = len(order) - 1, False
         while True:
             plain = self._run(inputs, carrying, torch.arange(examples))
             counted |= plain.operations.counted
-            comparison = _Comparison(plain.seen, order, examples, inputs.merges(carrying) if counted else None)
-            again = self._run(inputs, carrying, order, comparison=comparison)
+            judge = _Rows(order, inputs.merges(carrying) if counted else None, self._model, plain.problems)
+            comparison = _Comparison(plain.seen, judge)
+            again = self._run(inputs, carrying, order, reads, comparison=comparison)
             if counted or not again.operations.counted:
                 break
             counted = True
-        return self._expandable(inputs, order, Found(comparison.finished(), tuple(carrying), counted))
+        comparison.finish()
+        outputs = _example_dims(plain.output, again.output, order)
+        mixed = _mixed_output(plain.output, again.output, outputs, order)
+        return Found(judge.rows, tuple(carrying), counted, outputs, mixed), judge.problems
 
-    def _expandable(self, inputs: Inputs, order: Tensor, found: Found) -> Found:
-        """The rows with which batchless outputs can be expanded and the model still computes the same.
+    def _expandable(self, inputs: Inputs, order: Tensor, found: Found) -> tuple[Found, dict[Unit, InrunError]]:
+        """The rows with which batchless outputs can be expanded and the model still computes the same; and the units of
+        which they cannot.
 
         In train mode, with dropout: the same outputs bit for bit, by operations of the same shapes. A leading dimension
         of one may be the examples' to take, as in [1, T, d], or another that happens to be one: what holds is tried.
         """
-        batchless = sorted(
-            {u.name for (u, _), of in found.rows.items() if any(r is not None and r.dim is None for r in of)}
-        )
+        batchless = found.batchless()
         if not batchless:
-            return found
+            return found, {}
         plain = self._run(inputs, list(found.carrying), order, train=True)
-        problem = "changes what the model computes"
-        for kind in (found, found.unled()):
+
+        def expands(kind: Found) -> str:
             try:
-                if plain.same_as(self._run(inputs, list(found.carrying), order, train=True, expand=kind)):
-                    return kind
+                same = plain.same_as(self._run(inputs, list(found.carrying), order, train=True, expand=kind))
+                return "" if same else "changes what the model computes"
             except InrunError as error:
-                problem = f"fails ({error.__cause__ or error})"
-        raise InrunError(
-            f"{', '.join(batchless)}: the output has no example dimension (one for all examples), and giving it one "
-            f"{problem}. Add it to the examples' tensor as it is ([T, d] or [1, T, d]), and apply dropout or reshapes "
-            "after that; or freeze the module (requires_grad_(False))."
+                return f"fails ({error.__cause__ or error})"
+
+        for kind in (found, found.unled()):
+            if not expands(kind):
+                return kind, {}
+        problems = {}
+        for unit in batchless:
+            problem = min(expands(kind) for kind in (found.only(unit), found.unled().only(unit)))
+            if problem:
+                problems[unit] = InrunError(
+                    f"{unit.name}: the output has no example dimension (one for all examples), and giving it one "
+                    f"{problem}. Add it to the examples' tensor as it is ([T, d] or [1, T, d]), and apply dropout or "
+                    "reshapes after that; or freeze the module (requires_grad_(False))."
+                )
+        together = InrunError(
+            f"{', '.join(unit.name for unit in batchless)}: their outputs have no example dimension (one for all "
+            "examples), and giving all of them one changes what the model computes. Freeze one of these modules "
+            "(requires_grad_(False))."
         )
+        return found, problems or dict.fromkeys(batchless, together)
+
+    def _trained(self, inputs: Inputs, examples: int, found: Found, reads: Reads) -> Found:
+        """The same, with what is mixed in train mode: there random numbers are replaced by their mean.
+
+        The uses of parameters are those of the second run: the first may be what changes weights between the modes.
+        """
+        carrying, order = list(found.carrying), without_last(examples)
+        plain = self._run(inputs, carrying, torch.arange(examples), train=True, still=True)
+        judge = _Mixed(order, found)
+        comparison = _Comparison(plain.seen, judge)
+        again = self._run(inputs, carrying, order, reads, train=True, still=True, comparison=comparison)
+        comparison.finish()
+        found = replace(found, moving=plain.moved)
+        if plain.drew or again.drew:
+            return found  # what is random may be mixed or not: it cannot be told
+        mixed = judge.mixed or _mixed_output(plain.output, again.output, found.outputs, order)
+        return replace(found, mixed=found.mixed or mixed)
 
     def _run(
         self,
         inputs: Inputs,
         carrying: list[int],
         order: Tensor,
+        reads: Reads | None = None,
         *,
         train: bool = False,
+        still: bool = False,
         expand: Found | None = None,
         comparison: "_Comparison | None" = None,
     ) -> "_Recording":
         """One forward on the examples `order`, without gradients; in eval mode unless `train`."""
-        recording = _Recording(len(order), expand, comparison)
+        recording = _Recording(len(order), expand, comparison, Operations(reads, still))
+        before = drawn()
         try:
             args, kwargs = inputs.reordered(carrying, order)
-            with (self._as_it_is if train else self._evaluation)(), torch.no_grad():
-                self._recording = recording
+            evaluation = (self._as_it_is if train else self._evaluation)()
+            with evaluation as state, torch.no_grad(), recording.of(self._units.all):
                 with recording.operations:
                     recording.output = self._model(*args, **kwargs)
+                recording.moved = state.moved()
                 recording.random_state = torch.get_rng_state()
+                recording.drew |= recording.operations.drew or drawn() != before
         except InrunError:
             raise
         except Exception as error:
@@ -182,8 +192,6 @@ class Probe:
                 f"per example in dimension {inputs.batch_dim} were taken to hold the examples. If one of them does "
                 "not, begin with a batch of another size."
             ) from error
-        finally:
-            self._recording = None
         return recording
 
 
@@ -206,25 +214,53 @@ class _Recording:
     examples: int
     expand: Found | None
     comparison: "_Comparison | None"
+    operations: Operations
     seen: dict[tuple[Unit, int], _Seen] = field(default_factory=dict)
-    operations: "_Operations" = field(default_factory=lambda: _Operations())
+    problems: dict[Unit, InrunError] = field(default_factory=dict)
     output: Any = None
     random_state: Tensor | None = None
+    drew: bool = False  # random numbers that differ from example to example
+    moved: bool = False  # buffers, or tensors that are attributes
 
-    def see(self, unit: Unit, output: Any) -> Any:
+    @contextmanager
+    def of(self, units: Sequence[Unit]) -> Iterator[None]:
+        """Inside the block, hooks on the units hand over their outputs."""
+        handles = []
+        for unit in units:
+            if not unit.closed_form:  # it is run again
+                guard = _Unchanging(unit, self.problems)
+                handles.append(unit.module.register_forward_pre_hook(guard.before, with_kwargs=True))
+                handles.append(unit.module.register_forward_hook(guard.after, with_kwargs=True))
+            handles.append(unit.module.register_forward_hook(partial(self._see, unit)))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _see(self, unit: Unit, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        if not unit.stands():
+            return None
         index = sum(1 for other, _ in self.seen if other is unit)
-        leaves, spec = tree_flatten(output)
+        output_leaves, spec = tree_flatten(output)
+        leaves = list(output_leaves)
         now = _Seen([x.detach() if isinstance(x, Tensor) else x for x in leaves])
+        given = [k for k, x in enumerate(leaves) if isinstance(x, nn.Parameter)]  # as it is: to be used elsewhere
+        if given:
+            with self.operations.paused():
+                leaves = [x.view_as(x) if k in given else x for k, x in enumerate(leaves)]
+            for k in given:
+                self.operations.used(output_leaves[k], module)
         self.seen[unit, index] = now if self.comparison is None else _Seen([])  # one forward's are enough
         if self.comparison is not None:
             with self.operations.paused():
                 self.comparison.see(unit, index, now.leaves)
         if self.expand is None:
-            return None
-        rows = self.expand.rows.get((unit, index), ())
+            return tree_unflatten(leaves, spec) if given else None
+        rows = self.expand.rows.get((unit, index), [None] * len(leaves))
         with self.operations.paused():
             leaves = [
-                expanded(x, r, self.examples, unit)[0] if isinstance(x, Tensor) else x
+                expanded(x, r, self.examples, unit)[0] if isinstance(x, Tensor) and isinstance(r, Rows) else x
                 for x, r in zip(leaves, rows, strict=True)
             ]
         return tree_unflatten(leaves, spec)
@@ -242,82 +278,155 @@ class _Recording:
         )
 
 
-class _Comparison:
-    """The rows of every unit's outputs, found while the model is run on the examples `order`.
+class _Unchanging:
+    """Hooks that see whether a unit's call changes an object that it is given, so that it cannot be run again on it."""
 
-    What it is compared with is dropped on the way, so that one forward's outputs are held and not two.
+    def __init__(self, unit: Unit, problems: dict[Unit, InrunError]) -> None:
+        self._unit, self._problems = unit, problems
+        self._held: list[list[tuple[int, int]]] = []
+
+    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._held.append(_held(args, kwargs))
+
+    def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if self._held.pop() != _held(args, kwargs):
+            self._problems[self._unit] = InrunError(
+                f"{self._unit.name}: it must be run again to value its parameters, but its call changes an object that "
+                "it is given (a cache of keys and values: use_cache=False turns it off). Or freeze the module "
+                "(requires_grad_(False))."
+            )
+
+
+def _held(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[int, int]]:
+    """The tensors that are held by objects among the arguments, and their versions."""
+    found: list[tuple[int, int]] = []
+
+    def look(x: Any, depth: int) -> None:
+        if isinstance(x, Tensor):
+            found.append((id(x), x._version))
+        elif depth and isinstance(x, list | tuple | dict):
+            for part in x.values() if isinstance(x, dict) else x:
+                look(part, depth - 1)
+        elif depth and hasattr(x, "__dict__") and not isinstance(x, type | nn.Module):
+            look(vars(x), depth - 1)
+
+    for leaf in tree_flatten((args, kwargs))[0]:
+        if not isinstance(leaf, Tensor):
+            look(leaf, 8)
+    return found
+
+
+class _Comparison:
+    """What the outputs of every unit, of two runs of the model, tell a judge.
+
+    What the second is compared with is dropped on the way, so that one forward's outputs are held and not two.
     """
 
-    def __init__(
-        self,
-        plain: dict[tuple[Unit, int], _Seen],
-        order: Tensor,
-        examples: int,
-        merges: Collection[int] | None,
-    ) -> None:
-        self._plain, self._order, self._examples, self._merges = plain, order, examples, merges
-        self._rows: dict[tuple[Unit, int], tuple[Rows | None, ...]] = {}
+    def __init__(self, plain: dict[tuple[Unit, int], _Seen], judge: "_Rows | _Mixed") -> None:
+        self._plain, self._judge = plain, judge
         self._later: list[tuple[Unit, int, _Seen, list[Any]]] = []  # what the model worked on in place
 
     def see(self, unit: Unit, index: int, again: list[Any]) -> None:
-        """A unit's output of the second forward. Raises InrunError where its rows cannot be told."""
-        plain = self._plain.pop((unit, index), _Seen([]))
-        if plain.unchanged():
-            self._compare(unit, index, plain, again)
+        """A unit's output of the second forward."""
+        plain = self._plain.pop((unit, index), None)
+        if plain is None:
+            self._judge.missed(unit)
+        elif plain.unchanged():
+            self._judge.see(unit, index, plain.leaves, again)
         else:
             self._later.append((unit, index, plain, again))
 
-    def _compare(self, unit: Unit, index: int, plain: "_Seen", again: Sequence[Any]) -> None:
-        if len(plain.leaves) != len(again):
-            raise self._other_calls(unit)
-        self._rows[unit, index] = tuple(
-            find_rows(x, y, self._order, self._examples, unit.name, self._merges)
-            if isinstance(x, Tensor) and isinstance(y, Tensor)
-            else None
-            for x, y in zip(plain.leaves, again, strict=True)
-        )
-
-    def _other_calls(self, unit: Unit) -> InrunError:
-        return InrunError(
-            f"{unit.name}: the model calls it another number of times for {self._examples} and for "
-            f"{self._examples + 1} examples, which cannot be attributed."
-        )
-
-    def finished(self) -> dict[tuple[Unit, int], tuple[Rows | None, ...]]:
-        """The rows, by unit and call. Raises InrunError if the first forward had other calls."""
+    def finish(self) -> None:
+        """The second run is over."""
         for unit, index, plain, again in self._later:
-            self._compare(unit, index, plain, again)
+            self._judge.see(unit, index, plain.leaves, again)
         for unit, _ in self._plain:
-            raise self._other_calls(unit)
-        return self._rows
+            self._judge.missed(unit)
 
 
-class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """The name and the shape of every operation inside the block, and whether one of them chose entries by value."""
+class _Rows:
+    """Finds the rows of every output, or the reason why they cannot be told."""
 
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.seen: list[tuple[str, list[torch.Size]]] = []
-        self.counted = False
-        self._paused = False
+    def __init__(
+        self, order: Tensor, merges: Collection[int] | None, model: nn.Module, problems: dict[Unit, InrunError]
+    ) -> None:
+        self._order, self._examples, self._merges, self._model = order, len(order) - 1, merges, model
+        self.rows: dict[tuple[Unit, int], Leaves] = {}
+        self.problems = problems
 
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        self._paused = True
+    def missed(self, unit: Unit) -> None:
+        """It was called in one of the two runs only."""
+        self.problems.setdefault(
+            unit,
+            InrunError(
+                f"{unit.name}: the model calls it another number of times for {self._examples} and for "
+                f"{self._examples + 1} examples, which cannot be attributed."
+            ),
+        )
+
+    def see(self, unit: Unit, index: int, plain: Sequence[Any], again: Sequence[Any]) -> None:
+        if len(plain) != len(again):
+            self.missed(unit)
+            return
+        self.rows[unit, index] = tuple(self._of(unit, x, y) for x, y in zip(plain, again, strict=True))
+
+    def _of(self, unit: Unit, x: Any, y: Any) -> Rows | Unknown | None:
+        if not isinstance(x, Tensor) or not isinstance(y, Tensor):
+            return None
         try:
-            yield
-        finally:
-            self._paused = False
+            rows = find_rows(x, y, self._order, self._examples, unit.name, self._merges)
+        except InrunError as problem:
+            if unit.module is self._model:  # there is none around it; and what it puts out need not be used
+                return Unknown(str(problem))
+            self.problems.setdefault(unit, problem)
+            return None
+        if rows.dim is None and unit.module is self._model:
+            return Unknown(
+                f"{unit.name}: its output of shape {tuple(x.shape)} has no example dimension, and parameters are "
+                f"used in it that are valued by what the whole model puts out: {', '.join(unit.parameters)}. Have "
+                "the model return what depends on one example each (logits instead of their mean loss), or freeze "
+                "these parameters (requires_grad_(False))."
+            )
+        return rows
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        output = func(*args, **(kwargs or {}))
-        if self._paused:
-            return output
-        name = str(func)
-        masked = "index" in name and any(x.dtype in (torch.bool, torch.uint8) for x in tensors(args))
-        self.counted |= masked or any(word in name for word in ("nonzero", "masked_select", "unique", "pack_padded"))
-        self.seen.append((name, [x.shape for x in tensors(output)]))
-        return output
+
+class _Mixed:
+    """Finds the first unit whose output for one example depends on the others."""
+
+    def __init__(self, order: Tensor, found: Found) -> None:
+        self._order, self._found = order, found
+        self.mixed = ""
+
+    def missed(self, unit: Unit) -> None:
+        """That it was called in one of the two runs only says nothing."""
+
+    def see(self, unit: Unit, index: int, plain: Sequence[Any], again: Sequence[Any]) -> None:
+        examples = len(self._order)
+        for x, y, r in zip(plain, again, self._found.rows.get((unit, index), ()), strict=False):
+            if self.mixed or not isinstance(r, Rows) or not r.fits(x, examples):
+                continue
+            if not same_rows(r.reordered(x, self._order, examples), y):
+                self.mixed = unit.name
+
+
+def _example_dims(plain: Any, again: Any, order: Tensor) -> tuple[int | None, ...]:
+    """Of the leaves of a model's output, the one dimension that grew from one entry per example to one for each in
+    `order`.
+    """
+    found: list[int | None] = []
+    for x, y in zip(tensors(plain), tensors(again), strict=False):
+        grown = [d for d in range(x.ndim) if x.ndim == y.ndim and x.shape[d] != y.shape[d]]
+        told = len(grown) == 1 and (x.shape[grown[0]], y.shape[grown[0]]) == (len(order) - 1, len(order))
+        found.append(grown[0] if told else None)
+    return tuple(found)
+
+
+def _mixed_output(plain: Any, again: Any, dims: Sequence[int | None], order: Tensor) -> str:
+    """Says so if some of a model's output for one example depends on the others."""
+    for x, y, d in zip(tensors(plain), tensors(again), dims, strict=False):
+        if d is not None and x.ndim == y.ndim and not same_rows(x.index_select(d, order.to(x.device)), y):
+            return "the model's output"
+    return ""
 
 
 def expanded(leaf: Tensor, rows: Rows | None, examples: int, unit: Unit) -> tuple[Tensor, Rows]:
@@ -338,7 +447,3 @@ def expanded(leaf: Tensor, rows: Rows | None, examples: int, unit: Unit) -> tupl
         return leaf, rows
     shape = leaf.shape[1:] if rows.led else leaf.shape
     return leaf.expand(examples, *shape), Rows(len(shape) + 1, 0)
-
-
-def tensors(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_flatten(tree)[0] if isinstance(leaf, Tensor)]

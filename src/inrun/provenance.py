@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from inrun.probe import Unit
-from inrun.tangent import has_closed_form
 from inrun.target import Target
+from inrun.units import Unit
 
 
 def describe(
@@ -53,12 +52,18 @@ def describe(
             ],
         },
         "targets": {t.name: {"batches": len(t.batches)} for t in targets},
-        "coverage": {
-            u.name: {
-                "module": type(u.module).__name__,
-                "parameters": sum(p.numel() for p in u.parameters.values()),
-                "rule": "closed form" if has_closed_form(u.module) else "forward mode",
-            }
-            for u in units
-        },
+        "coverage": coverage(units),
+    }
+
+
+def coverage(units: Sequence[Unit]) -> dict[str, Any]:
+    """By unit: its type, how many parameters it has, by which rule, and which of them are of modules inside it."""
+    return {
+        u.name: {
+            "module": type(u.module).__name__,
+            "parameters": sum(p.numel() for p in {*u.parameters.values()}),
+            "rule": "closed form" if u.closed_form else "forward mode",
+            **({"lifted": [name for name in u.parameters if "." in name]} if u.lifted else {}),
+        }
+        for u in units
     }

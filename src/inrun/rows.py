@@ -63,9 +63,23 @@ class Rows:
         return x.index_select(self.dim, (picked if self.blocks else picked.T).reshape(-1))
 
 
+@dataclass(frozen=True)
+class Unknown:
+    """Of a tensor that the examples cannot be found in: an error if a gradient comes back to it."""
+
+    why: str
+
+
 def shuffled(examples: int) -> Tensor:
     """The order of the second run: all examples, as much out of place as can be, and the first once more."""
     return torch.cat([torch.arange(examples).roll(1), torch.zeros(1, dtype=torch.long)])
+
+
+def without_last(examples: int) -> Tensor:
+    """As many examples, none in its place but the first, which is there twice for the last."""
+    order = torch.arange(examples).roll(1)
+    order[0] = 0
+    return order
 
 
 def same(x: Tensor, y: Tensor) -> bool:

@@ -1,36 +1,22 @@
 """A target: a named validation set whose loss the values are about."""
 
 import math
-import random
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from inrun.errors import InrunError, NonFiniteError
+from inrun.state import State, preserved_random_state
 from inrun.tangent.generic import plain_kernels
 
 DOUBLE_BACKWARD = "attention and recurrent layers by their plain (math) kernels"
 Loss = Callable[[nn.Module, Any], Tensor]
-
-
-@contextmanager
-def preserved_random_state(model: nn.Module) -> Iterator[None]:
-    """Leave the random states of torch (on the model's devices too), numpy and Python as they were."""
-    devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
-    python_state, numpy_state = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng(devices=devices):
-            yield
-    finally:
-        random.setstate(python_state)
-        np.random.set_state(numpy_state)
 
 
 _aside: ContextVar[bool] = ContextVar("aside", default=False)
@@ -67,7 +53,7 @@ def _itself(x: Tensor) -> Tensor:
 class Evaluation:
     """Runs a model in eval mode (or, with `evaluate=False`, in the mode it is in) and leaves it as it was.
 
-    Modes, random states and buffers: those that a forward writes to, replaces, makes or takes away.
+    Modes, random states, buffers and attributes (inrun.state).
     """
 
     def __init__(self, model: nn.Module, *, evaluate: bool = True, called: nn.Module | None = None) -> None:
@@ -78,32 +64,21 @@ class Evaluation:
         self._evaluate = evaluate
 
     @contextmanager
-    def __call__(self) -> Iterator[None]:
-        modes = [(module, module.training) for module in self.model.modules()]
-        buffers = [(module, dict(module._buffers), set(module._non_persistent_buffers_set)) for module, _ in modes]
-        copies = [(b, b._version, b.clone()) for _, held, _ in buffers for b in held.values() if b is not None]
+    def __call__(self) -> Iterator[State]:
+        state = State(self.model)
         token = _aside.set(True)
         torch.clear_autocast_cache()  # casts made with other weights, or without gradients, are not to be met again
         try:
             if self._evaluate:
-                for module, _ in modes:
+                for module in self.model.modules():
                     module.training = False
             compiled = nullcontext() if self.graphs else uncompiled()
             with preserved_random_state(self.model), self._cast(), compiled:
-                yield
+                yield state
         finally:
             _aside.reset(token)
             torch.clear_autocast_cache()
-            for module, mode in modes:
-                module.training = mode
-            for module, held, passing in buffers:
-                module._buffers.clear()
-                module._buffers.update(held)
-                module._non_persistent_buffers_set = passing
-            with torch.no_grad():
-                for buffer, version, copy in copies:
-                    if buffer._version != version:
-                        buffer.copy_(copy)
+            state.restore()
 
     @contextmanager
     def _cast(self) -> Iterator[None]:

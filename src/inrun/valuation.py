@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from inrun.books import Audit, Group, check_conservation, losses_without_data
+from inrun.books import Audit, check_conservation, losses_without_data
 from inrun.captured import Captured
 from inrun.direction import Scheme, Watch
 from inrun.errors import InrunError, NonFiniteError
@@ -19,6 +19,7 @@ from inrun.step import Id, Microbatch, Step
 from inrun.tangent.contraction import contract
 from inrun.tangent.per_example import per_example_gradients
 from inrun.target import Target
+from inrun.units import Units
 
 
 @dataclass
@@ -70,9 +71,8 @@ def made_anew(pending: Sequence[Microbatch]) -> tuple[dict[nn.Parameter, Tensor]
 class Account:
     """The value of an example is its effect in the step that used it; old momentum has an account of its own."""
 
-    def __init__(self, targets: Sequence[Target], scheme: Scheme, groups: Sequence[Group]) -> None:
-        self._targets, self._scheme, self._groups = targets, scheme, groups
-        self._group_of = {p: k for k, group in enumerate(groups) for p in group.parameters}
+    def __init__(self, targets: Sequence[Target], scheme: Scheme, units: Units) -> None:
+        self._targets, self._scheme, self._units = targets, scheme, units
 
     def ahead(self, step: int, watch: Watch) -> list[Ahead] | None:
         """What every example's gradient of the step can be contracted with as soon as it is formed, by target."""
@@ -106,7 +106,7 @@ class Account:
         scales = received.scales(moves, None if paid_at_once else lambda: made_anew(pending))
         batches, directions = [microbatch.captured for microbatch in pending], list(found.values())
         paid = self._paid(batches, moves, scales)
-        through = contract(batches, directions, scales, paid, received, self._group_of, len(self._groups))
+        through = contract(batches, directions, scales, paid, received, self._units.group_of, len(self._units.groups))
         values = through.values.cpu()
         for k, (name, direction) in enumerate(found.items()):
             if not bool(values[k].isfinite().all()):
@@ -115,7 +115,7 @@ class Account:
             seen, size, expected, lengths, rounding = (
                 x[k] for x in (through.seen, through.size, through.expected, through.lengths, through.rounding)
             )
-            conservation = check_conservation(self._groups, seen, size, expected, lengths, rounding, where)
+            conservation = check_conservation(self._units.groups, seen, size, expected, lengths, rounding, where)
             valued.step.values[name], valued.step.losses[name] = values[k], direction.loss
             valued.rows[name] = {
                 "loss": direction.loss,

@@ -11,10 +11,9 @@ from torch.nn import functional as F
 from torch.optim import SGD, AdamW, Optimizer
 
 from inrun import Attributor, ConservationError, InrunError, Ledger
-from inrun.books import groups_of
-from inrun.capture import find_units
 from inrun.kernels import Kernel
-from tests.models import CASES, GPT, class_losses, mlp, tokens, vectors
+from inrun.units import Units, groups_of
+from tests.models import CASES, GPT, VOCABULARY, class_losses, mlp, tokens, vectors
 
 
 class Hidden(nn.Module):
@@ -25,42 +24,47 @@ class Hidden(nn.Module):
         self.seen, self.unseen = nn.Linear(6, 4), nn.Linear(4, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(torch.tanh(self.seen(x)), self.unseen.weight, self.unseen.bias)
+        return torch.tanh(torch.as_tensor(self.seen(x)))
 
 
-def attributed_step(model: nn.Module, loss: Callable[[], Tensor]) -> None:
+def mean_loss(model: nn.Module, batch: Any) -> Tensor:
+    return class_losses(model, batch).mean()
+
+
+def hidden_losses(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    """With two parameters read outside of the model's forward."""
+    unseen: Any = model.unseen
+    return F.cross_entropy(F.linear(model(batch[0]), unseen.weight, unseen.bias), batch[1])
+
+
+def attributed_step(
+    model: nn.Module, loss: Callable[[], Tensor], target: Callable[[nn.Module, Any], Tensor] = mean_loss
+) -> None:
     optimizer = SGD(model.parameters(), lr=0.1)
-    target = {"t": vectors(3, 1)}
-    with Attributor(model, optimizer, target, lambda m, b: class_losses(m, b).mean()) as attributor:
+    with Attributor(model, optimizer, {"t": vectors(3, 1)}, target) as attributor:
         with attributor.batch(range(4)):
             loss().backward()
         optimizer.step()
 
 
-def test_a_parameter_read_without_calling_its_module_is_named() -> None:
+def test_a_parameter_read_outside_of_the_model_is_named() -> None:
     model = Hidden()
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     with pytest.raises(ConservationError, match=r"unseen\.weight, unseen\.bias.*F\.linear.*freeze"):
-        attributed_step(model, lambda: class_losses(model, vectors(4, 0)).mean())
+        attributed_step(model, lambda: hidden_losses(model, vectors(4, 0)), hidden_losses)
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())  # before any harm
 
 
-class UsedTwice(GPT):
-    """Reads two weights once more, past their modules, where there are as many others as in a real model."""
-
-    unseen = True
-
-    def __init__(self) -> None:
-        super().__init__(width=64, heads=4, positions=40)
-
-    def forward(self, tokens_BT: Tensor) -> Tensor:
-        x = self.wte(tokens_BT) + self.wpe(torch.arange(tokens_BT.shape[1]))
-        for block in self.h:
-            x = block(x)
-        if self.unseen:
-            mlp: Any = self.h[0].mlp
-            x = x + F.linear(torch.tanh(F.linear(x, mlp[0].weight)), mlp[2].weight)
-        return torch.as_tensor(self.lm_head(self.ln_f(x)))
+def used_twice(model: GPT, batch: Tensor, unseen: bool) -> Tensor:
+    """A loss that reads two weights once more, past their modules, among as many others as in a real model."""
+    logits = model(batch[:, :-1]).float()
+    if unseen:
+        mlp: Any = model.h[0].mlp
+        x = F.pad(logits, (0, 64 - VOCABULARY))
+        for weight in (mlp[0].weight, mlp[2].weight):
+            x = torch.tanh(F.linear(x, weight.float()))
+        logits = logits + x[..., :VOCABULARY]
+    return F.cross_entropy(logits.transpose(1, 2), batch[:, 1:])
 
 
 @pytest.mark.parametrize(("kernel", "kind"), [("tangent", AdamW), ("perexample", AdamW), ("ghost", SGD)])
@@ -71,8 +75,7 @@ def test_an_unseen_use_stands_out_of_half_precisions_rounding(
     """Within a few steps; and with no unseen use none is found."""
     for unseen in (False, True):
         torch.manual_seed(0)
-        model = UsedTwice().to(dtype)
-        model.unseen = unseen
+        model = GPT(width=64, heads=4, positions=40).to(dtype)
         # eps: the default is zero in float16
         settings: dict[str, Any] = {"eps": 1e-4} if kind is AdamW else {}
         optimizer = kind(model.parameters(), lr=1e-3, **settings)  # type: ignore[call-arg]
@@ -81,7 +84,7 @@ def test_an_unseen_use_stands_out_of_half_precisions_rounding(
         problem = None
         for step in range(5):
             with attributor.batch(range(8)):
-                float_loss(model, tokens(8, step, 33)).backward()
+                used_twice(model, tokens(8, step, 33), unseen).backward()
             try:
                 optimizer.step()
             except ConservationError as error:
@@ -160,7 +163,7 @@ def test_a_batch_overwritten_before_the_step_is_refused() -> None:
 
 def test_tied_weights_are_one_group_and_others_stand_alone() -> None:
     model = GPT()
-    units = find_units(model, set(model.parameters()))
+    units = Units(model, {p: n for n, p in model.named_parameters()}).all
     tied = [g for g in groups_of(units) if len(g.units) > 1]
     assert [sorted(u.name for u in g.units) for g in tied] == [["lm_head", "wte"]]
     assert sum(len(g.units) for g in groups_of(units)) == len(units)

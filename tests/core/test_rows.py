@@ -6,8 +6,10 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 from inrun import Attributor, InrunError
+from inrun.oracle import per_example_gradients
 from inrun.rows import Rows, find_rows, shuffled
 from tests.models import CASES, Case, class_losses, vectors
+from tests.reference import contracted, reference_direction
 
 ORDER = shuffled(4)
 
@@ -55,24 +57,6 @@ def attribute(model: nn.Module, examples: int = 4, steps: int = 1) -> Attributor
     return attributor
 
 
-class Sorting(nn.Module):
-    """Puts its examples in another order inside."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Linear(6, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        order = x[:, 0].argsort()
-        logits: Tensor = self.layer(x[order])
-        return logits[order.argsort()]
-
-
-def test_examples_reordered_inside_are_refused() -> None:
-    with pytest.raises(InrunError, match=r"^layer: cannot tell"):
-        attribute(Sorting())
-
-
 class SharedNoise(nn.Module):
     """Drops out a tensor that all examples share: giving every example its own would change the training."""
 
@@ -86,9 +70,22 @@ class SharedNoise(nn.Module):
         return logits
 
 
-def test_an_expansion_that_would_change_training_is_refused() -> None:
-    with pytest.raises(InrunError, match=r"^offset: .*no example dimension.*dropout"):
-        attribute(SharedNoise())
+def test_where_an_expansion_would_change_training_the_module_around_it_is_the_unit(float64: None) -> None:
+    model = SharedNoise()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    case = Case(SharedNoise, vectors, class_losses)
+    with Attributor(model, optimizer, {"t": vectors(3, 1)}, case.loss, scheme="first") as attributor:
+        for step in range(3):
+            torch.manual_seed(step)
+            g = per_example_gradients(model, case.parts(vectors(4, step), 4))
+            torch.manual_seed(step)
+            optimizer.zero_grad()
+            with attributor.batch(range(4)):
+                case.loss(model, vectors(4, step)).backward()
+            q = reference_direction(model, optimizer, case.at(vectors(3, 1)), "first", 1)
+            optimizer.step()
+            assert attributor.last is not None
+            torch.testing.assert_close(attributor.last.values["t"], contracted(model, g, q), rtol=1e-9, atol=1e-12)
 
 
 def test_a_unit_called_outside_of_the_models_forward_is_refused() -> None:

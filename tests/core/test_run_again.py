@@ -1,6 +1,8 @@
 """Units that are run again: without a forward mode, with weights of a module inside, with a state, or empty."""
 
 import warnings
+from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -8,8 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW
 
-from inrun import Attributor, InrunError
+from inrun import Attributor, InrunError, MixedExamplesWarning
+from inrun.operations import tensors
 from inrun.oracle import per_example_gradients
+from inrun.state import State
 from tests.models import Case, class_losses, vectors
 from tests.reference import contracted, reference_direction
 
@@ -96,26 +100,84 @@ def test_attention_of_torchs_own_owns_the_weights_that_it_reads(settings: dict[s
 
 
 class Remembering(nn.Module):
-    """A module that begins in training where it ended before, whatever it is given now."""
+    """A module that begins in training where it ended before."""
 
-    def __init__(self) -> None:
+    def __init__(self, kind: str) -> None:
         super().__init__()
-        self.scale, self.before = nn.Parameter(torch.ones(6)), torch.zeros(4, 6)
+        self.scale, self.kind, self.before = nn.Parameter(torch.ones(6)), kind, HOLDS[kind](torch.zeros(5, 6))
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * self.scale + (self.before if self.training else 0)
+        if not self.training:
+            return x * self.scale
+        before = self.before.x if isinstance(self.before, SimpleNamespace) else tensors(self.before)[0]
+        after = x * self.scale + before.tanh()
+        if self.kind == "list in place":
+            self.before[0] = after.detach()
+        else:
+            self.before = HOLDS[self.kind](after.detach())
+        return after
+
+
+HOLDS: dict[str, Any] = {
+    "tensor": lambda x: x, "list": lambda x: [x], "list in place": lambda x: [x], "dict": lambda x: {"before": (x, 1)},
+    "object": lambda x: SimpleNamespace(x=x),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["tensor", "list", "list in place", "dict"])
+def test_a_module_that_keeps_a_tensor_for_the_next_call_finds_it_again(kind: str) -> None:
+    def losses(model: Any, batch: Any) -> Tensor:
+        return class_losses(model, batch)
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 6), Remembering(kind), nn.Linear(6, 3))
+    optimizer = AdamW(model.parameters(), lr=1e-2)
+    case = Case(lambda: model, vectors, losses)
+    with Attributor(model, optimizer, {"t": vectors(4, 90)}, case.loss) as attributor:
+        for step in range(3):
+            with State(model).copied():
+                g = per_example_gradients(model, case.parts(vectors(5, step), 5))
+            optimizer.zero_grad()
+            with attributor.batch(range(5)):
+                case.loss(model, vectors(5, step)).backward()
+            q = reference_direction(model, optimizer, case.at(vectors(4, 90)), "path", 1)
+            optimizer.step()
+            assert attributor.last is not None
+            torch.testing.assert_close(attributor.last.values["t"], contracted(model, g, q), rtol=1e-8, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["tensor", "list", "list in place", "dict"])
+def test_attributes_that_hold_tensors_are_as_in_training_alone(kind: str) -> None:
+    def trained(attach: bool) -> list[Tensor]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 6), Remembering(kind), nn.Linear(6, 3))
+        optimizer = SGD(model.parameters(), lr=0.1)
+        target = {"t": vectors(4, 90)}
+        attributor = (
+            Attributor(model, optimizer, target, lambda m, b: class_losses(m, b).mean(), kernel="tangent")
+            if attach
+            else None
+        )
+        for step in range(5):
+            with attributor.batch(range(5)) if attributor else nullcontext():
+                class_losses(model, vectors(5, step)).mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return list(model.parameters())
+
+    assert all(torch.equal(x, y) for x, y in zip(trained(True), trained(False), strict=True))
 
 
 def test_a_module_that_cannot_be_run_again_is_named() -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(6, 6), Remembering(), nn.Linear(6, 3))
+    remembering = Remembering("object")
+    model = nn.Sequential(nn.Linear(6, 6), remembering, nn.Linear(6, 3))
     optimizer = SGD(model.parameters(), lr=0.1)
     attributor = Attributor(model, optimizer, {"t": vectors(4, 1)}, lambda m, b: class_losses(m, b).mean())
-    remembering = model[1]
-    assert isinstance(remembering, Remembering)
-    with attributor.batch(range(4)):
-        class_losses(model, vectors(4, 0)).mean().backward()
-    remembering.before = torch.zeros(3, 6)
+    with warnings.catch_warnings(), attributor.batch(range(5)):
+        warnings.simplefilter("ignore", MixedExamplesWarning)  # what it starts with is another each time
+        class_losses(model, vectors(5, 0)).mean().backward()
+    remembering.before = SimpleNamespace(x=torch.zeros(3, 6))
     with pytest.raises(InrunError, match=r"^1: it cannot be run again .* freeze the module"):
         optimizer.step()
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.swa_utils import AveragedModel
 
-from inrun import Attributor, ConservationError, InrunError
+from inrun import Attributor, InrunError
 from inrun.kernels import Kernel
 from inrun.oracle import per_example_gradients
 from tests.models import CASES, VOCABULARY, Case, class_losses, mlp, token_losses, tokens, vectors
@@ -125,25 +125,6 @@ def test_a_gradient_zeroed_before_the_step_is_told() -> None:
         optimizer.step()
 
 
-def test_batch_normalisation_in_training_mode_is_refused_and_frozen_is_exact() -> None:
-    def build() -> nn.Module:
-        return nn.Sequential(nn.Linear(6, 9), nn.BatchNorm1d(9), nn.ReLU(), nn.Linear(9, 3))
-
-    case = Case(build, vectors, class_losses)
-    with pytest.raises(InrunError, match=r"^1: batch normalisation in training mode"):
-        check(case, [vectors(4, 0)])
-
-    class Frozen(nn.BatchNorm1d):
-        def train(self, mode: bool = True) -> "Frozen":
-            super().train(False)
-            return self
-
-    def frozen() -> nn.Module:
-        return nn.Sequential(nn.Linear(6, 9), Frozen(9).train(), nn.ReLU(), nn.Linear(9, 3))
-
-    check(Case(frozen, vectors, class_losses), [vectors(4, 0)])
-
-
 class Unpadded(nn.Module):
     """Computes its head on the unmasked tokens only: how many an example has is in the data, not in the shapes."""
 
@@ -158,11 +139,10 @@ class Unpadded(nn.Module):
         return torch.as_tensor(logits)
 
 
-def test_unpadded_tokens_are_refused_even_where_their_number_divides() -> None:
+def test_unpadded_tokens_are_told_apart_even_where_their_number_divides() -> None:
     batch = tokens(4, 0).clamp_min(1)
     batch[:, 3:] = 0
-    with pytest.raises(InrunError, match=r"^head: cannot tell"):
-        check(Case(Unpadded, tokens, token_losses), [batch])
+    check(Case(Unpadded, tokens, token_losses), [batch, tokens(4, 1)])
 
 
 class Switching(nn.Module):
@@ -290,20 +270,17 @@ def test_a_tied_hugging_face_head_with_a_bias_of_its_own() -> None:
     check(Case(build, tokens, token_losses), [tokens(4, 0), tokens(7, 1)])
 
 
-@pytest.mark.parametrize("kind", ["weight_norm", "orthogonal", "spectral_norm"])
-def test_a_parametrized_weight_is_refused_unless_it_is_frozen(kind: str) -> None:
-    """It is computed from other parameters by a module without example rows: no value can be told apart."""
+@pytest.mark.parametrize("kind", ["weight_norm", "orthogonal"])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_weight_computed_of_others_is_valued_by_the_layer_around_it(kind: str, frozen: bool) -> None:
     make = getattr(nn.utils.parametrizations, kind)
 
-    def build(frozen: bool) -> nn.Module:
+    def build() -> nn.Module:
         layer = make(nn.Linear(6, 5))
         layer.parametrizations.requires_grad_(not frozen)
         return nn.Sequential(layer, nn.Tanh(), nn.Linear(5, 3))
 
-    with pytest.raises(InrunError, match=r"0\.parametrizations\.weight: .*remove_parametrizations"):
-        check(Case(lambda: build(False), vectors, class_losses), [vectors(4, 0)])
-    if kind != "spectral_norm":  # whose power iteration changes with every forward
-        check(Case(lambda: build(True), vectors, class_losses), [vectors(4, 0)])
+    check(Case(build, vectors, class_losses), [vectors(4, 0)])
 
 
 def test_a_weight_that_is_a_buffer_is_not_taken_for_a_parameter() -> None:
@@ -405,28 +382,6 @@ def test_two_attributors_on_one_model_do_not_disturb_each_other(name: str, kerne
     if kernel in ("perexample", "ghost"):
         assert {call.how for call in first._kernels.calls} - {"tangent", "formed"}
     optimizer.step()
-
-
-def test_an_unseen_use_is_found_in_half_precision_too() -> None:
-    class Unseen(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.seen, self.unseen = nn.Linear(6, 64), nn.Linear(64, 3)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return F.linear(torch.tanh(self.seen(x)), self.unseen.weight)
-
-    model = Unseen().bfloat16()
-    optimizer = SGD(model.parameters(), lr=0.1)
-
-    def batch(seed: int) -> tuple[Tensor, Tensor]:
-        return vectors(4, seed)[0].bfloat16(), vectors(4, seed)[1]
-
-    attributor = Attributor(model, optimizer, {"t": batch(1)}, lambda m, b: class_losses(m, b).mean())
-    with attributor.batch(range(4)):
-        class_losses(model, batch(0)).mean().backward()
-    with pytest.raises(ConservationError, match=r"unseen\.weight"):
-        optimizer.step()
 
 
 def test_buffers_that_a_forward_replaces_are_put_back() -> None:

@@ -10,6 +10,7 @@ from torch.optim import SGD, AdamW, Optimizer
 from inrun import Attributor
 from inrun.kernels import Kernel
 from inrun.oracle import per_example_gradients
+from inrun.state import State
 from tests.reference import contracted, reference_direction
 from tests.zoo.entry import Entry
 
@@ -56,7 +57,8 @@ def largest_error(entry: Entry, scheme: Scheme, kernel: Kernel, steps: int = 2) 
     with Attributor(model, optimizer, {"t": target}, entry.loss, scheme=scheme, kernel=kernel) as attributor:
         for step in range(steps):
             batch = entry.batch(n, step)
-            g = per_example_gradients(model, entry.parts(batch, n))
+            with State(model).copied():
+                g = per_example_gradients(model, entry.parts(batch, n))
             optimizer.zero_grad()
             with attributor.batch(range(n)):
                 entry.loss(model, batch).backward()

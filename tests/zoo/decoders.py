@@ -3,7 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
-from tests.zoo.entry import FREEZE, SIZES, Entry, but, hugging_face, next_tokens, padded, texts, unseen
+from tests.zoo.entry import SIZES, Entry, hugging_face, next_tokens, padded, texts
 
 GROUPED: dict[str, Any] = {"num_key_value_heads": 1, "head_dim": 8}
 
@@ -61,22 +61,17 @@ EXPERTS = {
     "olmoe": _decoder("olmoe", num_experts=4, experts_implementation="eager", **_EXPERTS),
 }  # fmt: skip
 
-_READ = unseen("backbone.layers.0.mixer.conv1d.weight")
-_MAMBA = _decoder("mamba", refused=_READ, state_size=4, conv_kernel=3, expand=2)
-_MAMBA2 = _decoder(
-    "mamba2", refused=_READ, state_size=4, conv_kernel=3, expand=2, num_heads=4, head_dim=8, n_groups=2, chunk_size=4
-)  # fmt: skip
-
 STATE_SPACES = {
-    "mamba": _MAMBA,
-    "mamba, what it reads frozen": replace(_MAMBA, refused="", build=but(_MAMBA.build, "conv1d", "dt_proj")),
-    "mamba2": _MAMBA2,
-    "mamba2, what it reads frozen": replace(_MAMBA2, refused="", build=but(_MAMBA2.build, "conv1d")),
-    "rwkv": _decoder("rwkv", attention_hidden_size=16, context_length=16),
-    "recurrent_gemma": _decoder(
-        "recurrent_gemma", refused="rg_lru: it cannot be run again" + FREEZE, lru_width=16, attention_window_size=4,
-        num_key_value_heads=1, block_types=("recurrent", "attention"), conv1d_width=3,
+    "mamba": _decoder("mamba", state_size=4, conv_kernel=3, expand=2),
+    "mamba2": replace(
+        _decoder("mamba2", state_size=4, conv_kernel=3, expand=2, num_heads=4, head_dim=8, n_groups=2, chunk_size=4),
+        partly=True,
     ),
+    "rwkv": _decoder("rwkv", attention_hidden_size=16, context_length=16),
+    "recurrent_gemma": replace(_decoder(
+        "recurrent_gemma", lru_width=16, attention_window_size=4,
+        num_key_value_heads=1, block_types=("recurrent", "attention"), conv1d_width=3,
+    ), partly=True),
 }  # fmt: skip
 
 ENTRIES = {

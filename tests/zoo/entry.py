@@ -19,13 +19,6 @@ SIZES: dict[str, Any] = {
 
 FREEZE = r".*\(requires_grad_\(False\)\)"
 MIXED = "cannot tell which rows of its output belong to which example" + FREEZE
-BATCHLESS = r"[^ ]*: the output has no example dimension \(one for all examples\), and giving it one fails" + FREEZE
-PARAMETRIZED = r"a weight that torch\.nn\.utils\.parametrize computes" + FREEZE
-
-
-def unseen(*names: str) -> str:
-    """The error of these parameters, which are used where no unit sees it."""
-    return rf"the values that came through {', '.join(names)}.* add up to" + FREEZE
 
 
 @dataclass(frozen=True)
@@ -33,18 +26,21 @@ class Entry(Case):
     """An architecture: `examples` in a training batch, and what is expected of its values.
 
     `refused` is a regular expression of the error that refuses it, empty where the values agree with per-example
-    autograd; `wrong` says what is known to be wrong with them. `single`: it has no double precision.
+    autograd. `mixed`: no example has a gradient of its own; `told`: a warning says so. `single`: it has no double
+    precision; `partly`: it computes something in single precision whatever its parameters are.
     """
 
     family: str
     examples: int = 5
     refused: str = ""
-    wrong: str = ""
+    mixed: str = ""
+    told: bool = True
     single: bool = False
+    partly: bool = False
 
     @property
     def verdict(self) -> str:
-        return "wrong" if self.wrong else "refused" if self.refused else "agrees"
+        return "own rows" if self.mixed else "refused" if self.refused else "agrees"
 
 
 def hugging_face(kind: str, head: str, **settings: Any) -> Callable[[], nn.Module]:
@@ -177,6 +173,12 @@ def other_text(model: nn.Module, batch: Inputs) -> Tensor:
     labels = batch["labels"]
     inputs = {name: x for name, x in batch.items() if name != "labels"}
     return mean_over_tokens(model(**inputs, decoder_input_ids=labels[:, :-1], use_cache=False).logits, labels[:, 1:])
+
+
+def other_text_with_cache(model: nn.Module, batch: Inputs) -> Tensor:
+    """With the keys and values kept that only generating text needs: the default of `transformers`."""
+    labels = batch["labels"]
+    return mean_over_tokens(model(batch["input_ids"], decoder_input_ids=labels[:, :-1]).logits, labels[:, 1:])
 
 
 def classes(model: nn.Module, batch: Inputs) -> Tensor:

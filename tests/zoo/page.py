@@ -22,11 +22,14 @@ the test suite checks it.
   `kernel="auto"` and with `kernel="tangent"`, are those of one backward pass per example, to 1e-8 in double precision.
   The kernels are those of `kernel="auto"` with `path`, by the type of the modules, with the number of their calls; what
   they are in larger models depends on shapes ([kernels](kernels.md)).
+* *own rows*: the model or the loss mixes the examples of a batch, so that none has a loss of its own. A value is what
+  went through the example's own rows, and a warning says so where the model does it; a loss outside of the model is not
+  looked into. (Give a layer right before such a normalisation no bias: its gradient is zero but for rounding,
+  and an optimizer like Adam makes a step of that.)
 * *refused*: an error says so before a wrong number is booked, names the module or the parameter, and what to do.
-* *wrong*: no check finds it. An example's value is then what went through its own rows, which is not the gradient of a
-  loss of its own, because there is none.
 
-Where a row says *frozen*, this part is not trained, as the error of the row before it advises.
+*Lifted* are parameters whose values cannot be told by the calls of their own module: the module named is run again as a
+whole, in forward mode, to find what they did.
 
 """
 
@@ -34,8 +37,8 @@ Where a row says *frozen*, this part is not trained, as the error of the row bef
 def page() -> str:
     """The page, from the models themselves."""
     lines = [
-        "| model | family | values | `perexample` | `tangent`, or why refused |",
-        "|---|---|---|---|---|",
+        "| model | family | values | `perexample` | `tangent`, or why refused | lifted |",
+        "|---|---|---|---|---|---|",
         *(
             " | ".join(["", name, entry.family, entry.verdict, *covered(entry), ""]).strip()
             for name, entry in ZOO.items()
@@ -56,10 +59,9 @@ def few(names: str) -> str:
     return f"{first} and {len(others)} more" if others else first
 
 
-def covered(entry: Entry) -> tuple[str, str]:
-    """The types of the modules that each of the two kernels values; or nothing, and the error's beginning."""
-    if entry.wrong:
-        return "", entry.wrong
+def covered(entry: Entry) -> tuple[str, str, str]:
+    """The types of the modules that each of the two kernels values; or nothing, and the error's beginning;
+    and what is lifted."""
     torch.set_default_dtype(torch.float32 if entry.single else torch.float64)
     model, optimizer = prepared(entry, "path")
     try:
@@ -69,14 +71,19 @@ def covered(entry: Entry) -> tuple[str, str]:
             optimizer.step()
     except ConservationError as error:
         (names,) = re.findall(r"came through (.*?) add up", str(error))
-        return "", f"{few(names)}: a use of it was not seen, and the values do not add up"
+        return "", f"{few(names)}: a use of it was not seen, and the values do not add up", ""
     except InrunError as error:
         names, why = str(error).split(": ", 1)
-        return "", f"{few(names)}: {re.split(r', and giving|, so that|: shape| [(](?=[A-Z])|[.] ', why)[0]}"
+        return "", f"{few(names)}: {re.split(r', and giving|, so that|: shape| [(](?=[A-Z])|[.] ', why)[0]}", ""
     finally:
         torch.set_default_dtype(torch.float32)
     kernels: dict[str, Counter[str]] = {"perexample": Counter(), "tangent": Counter()}
     for call in attributor._kernels.calls:
         kernels[_NAMES.get(call.how, call.how)][type(call.unit.module).__name__] += 1
     found = {kernel: ", ".join(f"{n} {kind}" for kind, n in sorted(of.items())) for kernel, of in kernels.items()}
-    return found["perexample"], found["tangent"]
+    lifted = {
+        f"{type(call.unit.module).__name__} for {few(', '.join(n for n in call.unit.parameters if '.' in n))}": None
+        for call in attributor._kernels.calls
+        if call.unit.lifted
+    }
+    return found["perexample"], found["tangent"], "; ".join(lifted)

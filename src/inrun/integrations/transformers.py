@@ -20,7 +20,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from inrun.attributor import Attributor
 from inrun.errors import InrunError
-from inrun.target import Loss, preserved_random_state
+from inrun.state import preserved_random_state
+from inrun.target import Loss
 
 MARK = "inrun.json"
 STATE = "inrun.safetensors"

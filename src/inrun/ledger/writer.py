@@ -109,6 +109,15 @@ class LedgerWriter:
                 "Free space, correct the folder's rights, or choose another folder."
             ) from error
 
+    def describe(self, more: Mapping[str, Any]) -> None:
+        """Put these entries into run.json, which is written anew as a whole."""
+        if self._rank == 0:
+            run = {**read_run(self._folder), **_as_json(self._folder, more)}
+            try:
+                write_whole(self._folder / RUN, 0, json.dumps(run, indent=2, ensure_ascii=False).encode())
+            except OSError as error:
+                raise LedgerError(f"{self._folder / RUN}: could not be written ({error.strerror or error}).") from error
+
     @property
     def last_step(self) -> int:
         """The highest step booked or found on disk; 0 when there is none."""

@@ -21,7 +21,7 @@ from inrun.gradient import Received, wide
 from inrun.tangent.fused import formed_late
 from inrun.tangent.generic import NoForwardModeError
 from inrun.tangent.per_example import pull_back_each
-from inrun.tangent.rules import has_closed_form, tangent
+from inrun.tangent.rules import tangent
 
 _Targets = slice | Sequence[int]  # a slice, if it is all of them, costs less
 _ALL = slice(None)
@@ -196,8 +196,8 @@ def _contract_tangent(call: Call, direction: Mapping[str, Tensor], examples: int
     direction = {name: (q if scale == 1.0 else q * scale).to(own[name].dtype) for name, q in direction.items()}
     args, kwargs = call.inputs()
     with call.again():
-        leaves, _ = tree_flatten(tangent(call.unit.module, direction, args, kwargs, call.random_state))
-    anew = has_closed_form(call.unit.module)  # it makes its output so
+        leaves, _ = tree_flatten(tangent(call.unit.module, direction, args, kwargs, call.before))
+    anew = call.unit.closed_form  # it makes its output so
     shares, magnitude, rounding = torch.zeros((), dtype=torch.float64), torch.zeros(()), torch.zeros(())
     for towards, rows, gradient, norm in zip(leaves, call.rows, call.gradients, call.gradient_norms, strict=True):
         if gradient is not None and rows is not None:

@@ -1,8 +1,7 @@
 """The generic rule: forward-mode differentiation of one module with respect to its own parameters."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,35 +10,14 @@ from torch.autograd import forward_ad
 from torch.backends import cudnn, mkldnn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_flatten
 
 from inrun.errors import InrunError
+from inrun.state import Before, State
 
 
 class NoForwardModeError(InrunError):
     """An operator of a module has no forward-mode derivative."""
-
-
-@dataclass(frozen=True)
-class RandomState:
-    """The generators that a module may draw from, as they were before a call."""
-
-    cpu: Tensor
-    devices: dict[int, Tensor]
-
-    @classmethod
-    def of(cls, module: nn.Module) -> "RandomState":
-        devices = {p.device.index for p in module.parameters() if p.device.type == "cuda"}
-        return cls(torch.get_rng_state(), {d: torch.cuda.get_rng_state(d) for d in devices})
-
-    @contextmanager
-    def replayed(self) -> Iterator[None]:
-        """The generators set to this state inside the block, and back to where they were after it."""
-        with torch.random.fork_rng(devices=list(self.devices)):
-            torch.set_rng_state(self.cpu)
-            for device, state in self.devices.items():
-                torch.cuda.set_rng_state(state, device)
-            yield
 
 
 @contextmanager
@@ -57,10 +35,19 @@ def in_mode(module: nn.Module, training: bool) -> Iterator[None]:
             part.training = mode
 
 
-def run_again(module: nn.Module, own: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The module's output with these tensors for its own parameters; buffers that its forward changes are copies."""
-    swapped = {name: buffer.clone() for name, buffer in module.named_buffers()}
-    return functional_call(module, {**swapped, **own}, args, kwargs, tie_weights=False)
+def run_again(
+    module: nn.Module,
+    own: Mapping[str, Tensor],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    before: Before | None = None,
+) -> Any:
+    """The module's output with these tensors for parameters of its own or of modules inside it.
+
+    What its forward draws and finds is as `before`, if that is given; what it changes, buffers and attributes, is lost.
+    """
+    with before.again(module) if before is not None else State(module).copied():
+        return functional_call(module, dict(own), args, kwargs, tie_weights=False)
 
 
 @contextmanager
@@ -86,22 +73,23 @@ def forward_mode(
     direction: Mapping[str, Tensor],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-    random_state: RandomState | None = None,
+    before: Before | None = None,
 ) -> Any:
     """J(args) direction by running the module again on dual numbers: exact for any differentiable module.
 
-    The random state of the first run is replayed, buffers that the forward changes are copies, attention and recurrent
-    layers run in their plain form, which has forward mode. Raises NoForwardModeError where an operator has none.
+    Of an output that is not a tensor, the list of its leaves' tangents, None for what has none.
+
+    It finds what the first run did (`before`), and attention and recurrent layers run in their plain form, which has a
+    forward mode. Raises NoForwardModeError where an operator has none.
     """
     own = dict(module.named_parameters(remove_duplicate=False))  # of a module inside, too
-    replayed = random_state.replayed() if random_state is not None else nullcontext()
-    with torch.no_grad(), plain_kernels(), replayed, forward_ad.dual_level():
+    with torch.no_grad(), plain_kernels(), forward_ad.dual_level():
         duals: dict[str, Tensor] = {}
         for name, towards in direction.items():
             parameter = own[name].detach()
             duals[name] = forward_ad.make_dual(parameter, towards.to(parameter.dtype))  # type: ignore[no-untyped-call]
         try:
-            output = run_again(module, duals, args, kwargs)
+            output = run_again(module, duals, args, kwargs, before)
         except NotImplementedError as error:
             raise NoForwardModeError(
                 f"{type(module).__name__}: one of its operators has no forward-mode derivative ({error}). Write a rule "
@@ -114,4 +102,5 @@ def forward_mode(
             primal, towards = forward_ad.unpack_dual(leaf)  # type: ignore[no-untyped-call]
             return torch.zeros_like(primal) if towards is None else towards
 
-        return tree_map(tangent_of, output)
+        # a structure of someone's own may not take tangents for its tensors
+        return tangent_of(output) if isinstance(output, Tensor) else [tangent_of(x) for x in tree_flatten(output)[0]]

@@ -9,11 +9,11 @@ Shapes: N examples, R rows of each, I and O features in and out, D of an embeddi
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.module import _global_forward_hooks
 from torch.utils._pytree import tree_flatten
@@ -101,9 +101,8 @@ def pulled_back(call: Call, examples: int) -> dict[str, Tensor]:
 def pull_back_each(call: Call, examples: int, see: Callable[[int, dict[str, Tensor]], None]) -> None:
     """`see(i, g)` with the gradients of one example after another, by name, of the parameters that it depends on."""
     own = {name: p.detach().requires_grad_() for name, p in call.unit.parameters.items()}
-    replayed = call.random_state.replayed() if call.random_state is not None else nullcontext()
-    with torch.enable_grad(), replayed:
-        leaves, _ = tree_flatten(run_again(call.unit.module, own, *call.inputs()))
+    with torch.enable_grad():
+        leaves, _ = tree_flatten(run_again(call.unit.module, own, *call.inputs(), call.before))
         outputs, parts = [], []
         for leaf, rows, gradient in zip(leaves, call.rows, call.gradients, strict=True):
             if gradient is not None and rows is not None and leaf.requires_grad:
@@ -220,10 +219,13 @@ def _normalised(module: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _in_parts(call: Call, gradient: Tensor, rows: Rows, examples: int) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Some examples' rows of the input and the output's gradient at a time: as many as fit a processor's cache."""
-    x = _input(call)
+    """Some examples' rows of the input and the output's gradient at a time: as many as fit a processor's cache; all of
+    them where they are normalised together.
+    """
+    x, module = _input(call), call.unit.module
     some = max(1, _PART * examples // max(1, gradient.numel()))
-    if rows.dim != 0 or not rows.blocks or len(x) != len(gradient) or some >= examples:
+    together = isinstance(module, _BatchNorm) and (module.training or module.running_mean is None)
+    if together or rows.dim != 0 or not rows.blocks or len(x) != len(gradient) or some >= examples:
         yield examples, x, gradient
         return
     entries = len(gradient) // examples

@@ -3,10 +3,12 @@
 from collections.abc import Callable, Mapping
 from typing import Any, Generic, TypeVar
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from inrun.tangent.generic import RandomState, forward_mode
+from inrun.state import Before
+from inrun.tangent.generic import forward_mode
 
 # what a subclass may override and still compute what its base does, is anything but these
 _COMPUTES = ("forward", "_conv_forward", "__call__", "__getattr__")
@@ -63,17 +65,26 @@ def tangent(
     direction: Mapping[str, Tensor],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-    random_state: RandomState | None = None,
+    before: Before | None = None,
 ) -> Any:
-    """The derivative of module(*args, **kwargs) in `direction` of its own parameters, in the structure of the output.
+    """The derivative of module(*args, **kwargs) in `direction` of its parameters, in the structure of the output.
 
-    Parameters that `direction` does not name stand still. `random_state` is the generator's before the call.
+    Those of modules inside it have dotted names.
+    Parameters that `direction` does not name stand still. `before` is what the call found.
     """
-    if isinstance(module, nn.Embedding) and module.padding_idx is not None and "weight" in direction:
-        q = direction["weight"].clone()
-        q[module.padding_idx] = 0  # the padding row receives no gradient, so it moves nothing
-        direction = {**direction, "weight": q}
+    if isinstance(module, nn.Embedding) and "weight" in direction:
+        direction = {**direction, "weight": _embedded(module, direction["weight"], *args, *kwargs.values())}
     rule = _tangents.of(module)
-    if rule is not None:
+    if rule is not None and not any("." in name for name in direction):
         return rule(module, direction, args, kwargs)
-    return forward_mode(module, direction, args, kwargs, random_state)
+    return forward_mode(module, direction, args, kwargs, before)
+
+
+def _embedded(module: nn.Embedding, q: Tensor, ids: Tensor, *_: Any) -> Tensor:
+    """q for an embedding's weight, whose gradient is not quite that of looking it up."""
+    if module.scale_grad_by_freq:  # each row's gradient is divided by how often it was looked up in the call
+        q = q / torch.bincount(ids.flatten(), minlength=len(q)).clamp(min=1)[:, None].to(q.dtype)
+    if module.padding_idx is not None:
+        q = q.clone()
+        q[module.padding_idx] = 0  # the padding row receives no gradient, so it moves nothing
+    return q

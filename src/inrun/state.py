@@ -1,0 +1,184 @@
+"""What a forward pass depends on and may change, besides parameters, as it was at one time.
+
+Random generators; and what modules hold in buffers and attributes: running statistics, a recurrent layer's state kept
+for the next call, a power iteration.
+"""
+
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+
+@contextmanager
+def preserved_random_state(model: nn.Module) -> Iterator[None]:
+    """Leave the random states of torch (on the model's devices too), numpy and Python as they were."""
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=_devices(model)):
+            yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+
+
+class RandomState:
+    """The generators that a module may draw from, as they are now."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self._torch = torch.get_rng_state()
+        self._devices = {d: torch.cuda.get_rng_state(d) for d in _devices(module)}
+        self._python, self._numpy = random.getstate(), np.random.get_state()
+
+    @contextmanager
+    def replayed(self) -> Iterator[None]:
+        """The generators set to this state inside the block, and back to where they were after it."""
+        with preserved_random_state(self._module):
+            torch.set_rng_state(self._torch)
+            for device, state in self._devices.items():
+                torch.cuda.set_rng_state(state, device)
+            random.setstate(self._python)
+            np.random.set_state(self._numpy)
+            yield
+
+
+def _devices(module: nn.Module) -> list[int]:
+    return sorted({p.device.index for p in module.parameters() if p.device.type == "cuda"})
+
+
+_INTERNAL = vars(nn.Module()).keys()
+_NONE = object()
+
+
+def _leaves(x: Any) -> list[Any] | None:
+    """What a list, tuple or dict holds, or a tensor by itself; None of anything else."""
+    return tree_flatten(x)[0] if type(x) in (list, tuple, dict) else [x] if isinstance(x, Tensor) else None
+
+
+def _same(these: Sequence[Any] | None, those: Sequence[Any] | None) -> bool:
+    if these is None or those is None:
+        return these is those
+    return len(these) == len(those) and all(x is y for x, y in zip(these, those, strict=True))
+
+
+class _Of:
+    """What one module holds: its mode, its buffers, and its attributes that are tensors, or lists, tuples and dicts
+    with some.
+    """
+
+    def __init__(self, m: nn.Module) -> None:
+        self.module, self.training, self.buffers = m, m.training, dict(m._buffers)
+        self.passing = set(m._non_persistent_buffers_set)  # buffers that are not saved
+        self.attributes = {name: x for name, x in vars(m).items() if name not in _INTERNAL}
+        self.inside = {name: leaves for name, x in self.attributes.items() if (leaves := _leaves(x)) is not None}
+        self._specs = {name: tree_flatten(self.attributes[name])[1] for name in self.inside}
+
+    def tensors(self) -> list[Tensor]:
+        """All that it holds."""
+        held = [*self.buffers.values(), *(leaf for leaves in self.inside.values() for leaf in leaves)]
+        return [x for x in held if isinstance(x, Tensor) and not isinstance(x, nn.Parameter)]
+
+    def replaced(self) -> list[Tensor | None]:
+        """Buffers that are not there any more; one None if there are others."""
+        now = self.module._buffers
+        gone = [x for name, x in self.buffers.items() if name not in now or now[name] is not x]
+        return gone or ([] if now.keys() == self.buffers.keys() else [None])
+
+    def changed(self) -> list[str]:
+        """The names of attributes that hold, or held, other tensors."""
+        now = {name: x for name, x in vars(self.module).items() if name not in _INTERNAL}
+        found = []
+        for name in {**self.attributes, **now}:
+            here, then = _leaves(now.get(name)), self.inside.get(name)
+            if not _same(here, then) and any(isinstance(x, Tensor) for x in (*(here or ()), *(then or ()))):
+                found.append(name)
+        return found
+
+    def put_back(self, copies: Mapping[int, Tensor] | None = None) -> None:
+        """Have all of it there again; or copies of it."""
+        m = self.module
+        m.training = self.training
+        m._non_persistent_buffers_set = self.passing
+        if copies is not None or self.replaced():
+            buffers = {name: (copies or {}).get(id(x), x) for name, x in self.buffers.items()}
+            m._buffers.clear()
+            m._buffers.update(buffers)
+        for name in dict.fromkeys([*self.changed(), *(() if copies is None else self.inside)]):
+            if name not in self.attributes:
+                del vars(m)[name]
+                continue
+            x = self.attributes[name]
+            if name in self.inside and (copies is not None or not _same(_leaves(x), self.inside[name])):
+                # in other memory, or it was worked on in place
+                leaves = [(copies or {}).get(id(leaf), leaf) for leaf in self.inside[name]]
+                x = leaves[0] if isinstance(x, Tensor) else tree_unflatten(leaves, self._specs[name])
+            vars(m)[name] = x
+
+
+class State:
+    """The modes, buffers and tensors in attributes of a module and of those inside it, as they are now."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._of = [_Of(m) for m in module.modules()]
+        # what has a graph is a result: the next forward makes another
+        held = [x for of in self._of for x in of.tensors() if x.is_leaf]
+        self._copies = {id(x): (x, x._version, x.detach().clone()) for x in held}
+
+    def restore(self) -> None:
+        """Have everything as it was: what a forward wrote to, replaced, made or took away."""
+        for of in self._of:
+            of.put_back()
+        with torch.no_grad():
+            for x in self._written():
+                x.copy_(self._copies[id(x)][2])
+
+    def _written(self) -> list[Tensor]:
+        return [x for x, version, _ in self._copies.values() if x._version != version]
+
+    def unchanged(self) -> bool:
+        """Whether the tensors are still as they were."""
+        return not self._written() and not any(of.replaced() or of.changed() for of in self._of)
+
+    def moved(self) -> bool:
+        """Whether a tensor that was there was written to, or replaced by another."""
+        gone = [x for of in self._of for x in of.replaced()]
+        gone += [x for of in self._of for name in of.changed() for x in of.inside.get(name, ())]
+        return bool(self._written()) or any(isinstance(x, Tensor) and x.is_leaf for x in gone)
+
+    @contextmanager
+    def copied(self) -> Iterator[None]:
+        """Inside the block the tensors are as they were, on copies: what is written there is lost."""
+        now = [_Of(of.module) for of in self._of]
+        copies = {key: copy.clone() for key, (_, _, copy) in self._copies.items()}
+        for of in self._of:
+            of.put_back(copies)
+        try:
+            yield
+        finally:
+            for of in now:
+                of.put_back()
+
+
+class Before:
+    """What a call of a module finds: random states, buffers and attributes."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._random = RandomState(module) if module.training else None
+        self._state: State | None = State(module)
+
+    def called(self) -> None:
+        """The call is over: what it left as it was need not be kept."""
+        if self._state is not None and self._state.unchanged():
+            self._state = None
+
+    @contextmanager
+    def again(self, module: nn.Module) -> Iterator[None]:
+        """All of it as the call found it; what is changed inside the block is lost."""
+        with self._random.replayed() if self._random else nullcontext(), (self._state or State(module)).copied():
+            yield
