@@ -363,7 +363,10 @@ class Capture:
         stands = stands and all(type(x) in (Tensor, nn.Parameter) for x in (*inputs, output))
         fits = stands and unchanged(unit.module) and self._alone(unit.module)
         captured.cast |= self._cast_to() is not None
-        kernel = self._kernels.of(unit, captured, inputs, output, fits)
+        before = self._before_calls.pop(unit, None)
+        if before is not None:
+            before.called()
+        kernel = self._kernels.of(unit, captured, inputs, output, fits, before.seconds if before else 0.0)
         batchless = [r is not None and r.dim is None for r in rows]
         self._made.setdefault(_key(unit, leaves), {})[kernel == "fused", *batchless] = rows
         if kernel in ("fused", "ghost") and rows[0] is not None:
@@ -374,9 +377,6 @@ class Capture:
             return None
         args, kwargs = tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, (tuple(args), dict(kwargs)))
         versions = [x._version for x in tensors((args, kwargs))]
-        before = self._before_calls.pop(unit, None)
-        if before is not None:
-            before.called()
         nothing: list[Tensor | None] = [None] * len(leaves)
         call = Call(unit, args, kwargs, unit.module.training, self._cast_to(), before, versions, list(rows), nothing)
         call.late = kernel == "late"

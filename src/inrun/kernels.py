@@ -54,7 +54,8 @@ class Shape:
 @dataclass(frozen=True)
 class Chosen:
     """One call of a unit: its kernel, its shape if it is a linear layer's or a convolution's, the bytes of its inputs
-    and output, and the rows that each target has there, if they are known.
+    and output, the rows that each target has there, if they are known, and how long a call took that must be made
+    again.
     """
 
     unit: Unit
@@ -62,6 +63,7 @@ class Chosen:
     shape: Shape | None
     size: int
     target_rows: Sequence[int]
+    seconds: float = 0.0
 
 
 class Kernels:
@@ -102,8 +104,10 @@ class Kernels:
         alone = len(self._units.groups[self._units.group_of[next(iter(unit.parameters.values()))]].units) == 1
         return self._ghosts and alone and _linear(unit) and unchanged(unit.module)
 
-    def of(self, unit: Unit, captured: Captured, inputs: Sequence[Any], output: Any, fits: bool) -> How:
-        """How the unit's call with these inputs and this output is valued.
+    def of(
+        self, unit: Unit, captured: Captured, inputs: Sequence[Any], output: Any, fits: bool, seconds: float = 0.0
+    ) -> How:
+        """How the unit's call with these inputs and this output, which took so many seconds, is valued.
 
         `fits`: what the unit computes follows from its type, and its rows stand where a kernel can take them.
         """
@@ -115,7 +119,7 @@ class Kernels:
         if how == "fused" and shape is not None and not self._at_once:
             self._used += shape.formed
         size = sum(x.nbytes for x in (*inputs, output) if isinstance(x, Tensor))
-        self.calls.append(Chosen(unit, how, shape, size, rows))
+        self.calls.append(Chosen(unit, how, shape, size, rows, seconds))
         return how
 
     def _how(self, unit: Unit, shape: Shape | None, target_rows: Sequence[int]) -> How:

@@ -15,10 +15,11 @@ from inrun.kernels import Chosen, work
 from inrun.piece import Piece, Room
 from inrun.update import CoupledUpdate, Moved
 
-_NAMES = {"fused": "perexample", "formed": "perexample", "late": "perexample, late"}
+NAMES = {"fused": "perexample", "formed": "perexample", "late": "perexample, late"}
 _ENTRIES = 2**23  # of a parameter are enough to measure an optimizer's move on
 _COLD = 0.4  # in a step, memory is gone through at so much of the rate at which it is when nothing else is used
 _HOOKS = 2e-4  # seconds that a unit's hooks take on a processor, whatever it computes
+_DUAL = 2.5  # times as long as its forward does a module take in forward mode
 _SIDE = 1024  # of the matrices that are multiplied
 
 
@@ -85,11 +86,12 @@ def plan_of(
 
 
 def _row(call: Chosen, machine: "_Machine", targets: int, at_once: bool) -> Row:
-    shape, name = call.shape, _NAMES.get(call.how, call.how)
+    shape, name = call.shape, NAMES.get(call.how, call.how)
     if shape is None:
         # a norm is run again once, what has no closed form for every target; a table's rows are picked
         passes, kept = (3, 0) if call.how == "formed" else (4 * targets, call.size)
-        return Row(call.unit.name, name, _HOOKS + passes * call.size / machine.bytes, kept)
+        seconds = max(passes * call.size / machine.bytes, _DUAL * targets * call.seconds)
+        return Row(call.unit.name, name, _HOOKS + seconds, kept)
     operations, traffic = work(call.how, shape, targets, call.target_rows, at_once)
     seconds = _HOOKS + operations / machine.products(shape.size) + traffic / machine.bytes
     kept = {"fused": 0 if at_once else shape.formed, "ghost": 0}.get(call.how, shape.pair)

@@ -5,6 +5,7 @@ for the next call, a power iteration.
 """
 
 import random
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -171,9 +172,11 @@ class Before:
     def __init__(self, module: nn.Module) -> None:
         self._random = RandomState(module) if module.training else None
         self._state: State | None = State(module)
+        self.seconds, self._begun = 0.0, time.perf_counter()
 
     def called(self) -> None:
-        """The call is over: what it left as it was need not be kept."""
+        """The call is over, after so many `seconds`: what it left as it was need not be kept."""
+        self.seconds = time.perf_counter() - self._begun
         if self._state is not None and self._state.unchanged():
             self._state = None
 

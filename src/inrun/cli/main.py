@@ -26,6 +26,7 @@ COMMANDS = {
     "report": Command("inrun.cli.report", "Report", "write one HTML page about a run"),
     "top": Command("inrun.cli.top", "Top", "print the examples that helped most, or least"),
     "by": Command("inrun.cli.by", "By", "print the value of each group of examples for each target"),
+    "doctor": Command("inrun.cli.doctor", "Doctor", "look at a model before training: coverage, cost, and a check"),
     "demo": Command("inrun.cli.demo", "Demo", "train a small model on a mixture of real text and show its values"),
 }
 
