@@ -111,13 +111,14 @@ def _lines(found: Diagnosis, every: bool) -> list[tuple[str, int, str, str]]:
     """Parameters, entries, unit and kernel; by the name without its numbers unless `every`."""
     rows: dict[tuple[str, str, str], list[int]] = {}
     for c in found.covered:
-        unit = f"{c.unit} ({c.module}{', run again' if c.lifted else ''})"
         name = c.parameter
+        its_own = c.unit == name.rpartition(".")[0]
+        unit = c.module if its_own else f"{c.unit}, a {c.module}{', run again' if c.lifted else ''}"
         if not every:
             name, unit = (".".join("*" if part.isdigit() else part for part in x.split(".")) for x in (name, unit))
         rows.setdefault((name, unit, c.kernel or "not used"), []).append(c.entries)
     return [
-        (name if len(sizes) == 1 else f"{name}  x {len(sizes)}", sum(sizes), unit, kernel)
+        (name if len(sizes) == 1 else f"{name} x {len(sizes)}", sum(sizes), unit, kernel)
         for (name, unit, kernel), sizes in rows.items()
     ]
 
