@@ -53,12 +53,14 @@ def with_copies(model: Normed, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor
     return {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in own.items()}
 
 
-@pytest.mark.parametrize(("scheme", "kernel"), [*WAYS, ("path", "perexample")])
+@pytest.mark.parametrize(("scheme", "kind", "kernel"), [*WAYS, ("path", AdamW, "perexample")])
 @pytest.mark.parametrize("by_module", [True, False])
-def test_a_value_is_what_went_through_the_own_rows(scheme: Scheme, kernel: Kernel, by_module: bool) -> None:
+def test_a_value_is_what_went_through_the_own_rows(
+    scheme: Scheme, kind: type[Optimizer], kernel: Kernel, by_module: bool
+) -> None:
     model = Normed(by_module)
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer: Optimizer = SGD(trained, 0.1) if scheme == "first" else AdamW(trained, 1e-2)
+    optimizer = kind(trained, lr=0.1 if kind is SGD else 1e-2)  # type: ignore[call-arg]
     case = Case(lambda: model, vectors, class_losses)
     with Attributor(model, optimizer, {"t": case.batch(3, 90)}, case.loss, scheme=scheme, kernel=kernel) as attributor:
         for step in range(3):
