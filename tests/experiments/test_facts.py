@@ -31,9 +31,9 @@ def test_quick(tmp_path: Path) -> None:
         total = sum(book[name] for name in ("planted", "lures", "others"))
         if book["scheme"] == "path, credit":  # all of the drop is somebody's
             assert total == pytest.approx(book["drop"], rel=0.2)
-    lost = {(row["fact"], row["without"]): row["lost"] for row in _rows(result["again"])}
-    assert len(lost) == 2 * 2
-    assert all(nats != 0 for nats in lost.values())
+    left_out = {(row["fact"], row["without"]): row["lost"] for row in _rows(result["again"])}
+    assert len(left_out) == 2 * 2
+    assert all(nats != 0 for nats in left_out.values())
     assert "| path | " in (tmp_path / "out" / "README.md").read_text("utf-8")
     assert (tmp_path / "out" / "figure.svg").exists() == figure
 
