@@ -30,7 +30,7 @@ def summarise(study: Study, paths: Mapping[Piece, Path], text: Path) -> Row:
         examples = examples_of(study, text, seed)
         runs = {scheme: dict(np.load(paths[Piece(scheme, seed)])) for scheme, seeds in study.schemes if seed in seeds}
         assert len({str(run["weights"]) for run in runs.values()}) == 1, f"seed {seed}: schemes trained differently"
-        without = {order: dict(np.load(paths[Piece("", seed, order)])) for order in study.left_out}
+        without = {p.without: dict(np.load(path)) for p, path in paths.items() if p.without and p.seed == seed}
         for k, fact in enumerate(study.facts):
             key = {"seed": seed, "fact": fact.name}
             ranks += _ranks(study, k, examples, runs, key)
@@ -152,8 +152,8 @@ def tables(result: Row) -> str:
             _books_table(result),
             "**By what stands first** in a planted sentence, the name that the question has or the answer: how many "
             "there are over all seeds, and where their values are. Then what leaving them out of training did: the "
-            "target's final loss without them, less that with them, as a mean over facts with its range over seeds, in "
-            "nats, beside the sum of their values.",
+            "target's final loss without them, less that with them, beside the sum of their values: means over facts, "
+            f"in nats, of seed {', '.join(map(str, study['again']))}.",
             _orders_table(result),
             f"**Every planted example**: its step, then its rank by {', '.join(f'`{s}`' for s in schemes)} and BM25.",
             _ranks_table(result),
@@ -200,10 +200,7 @@ def _orders_table(result: Row) -> str:
     for row in result["orders"]:
         key = (row["method"], row["order"])
         mine = [one for one in result["again"] if (one["scheme"], one["without"]) == key]
-        cells = []
-        for name in ("lost", "value"):
-            means = [float(np.mean([one[name] for one in mine if one["seed"] == s])) for s in {o["seed"] for o in mine}]
-            cells.append(f"{np.mean(means):.2f} ({min(means):.2f} to {max(means):.2f})")
+        cells = [f"{np.mean([one[name] for one in mine]):.2f}" for name in ("lost", "value")]
         shares = [f"{row['top']:.0%}", f"{row['near']:.0%}", f"{row['median_rank']:g}"]
         rows.append([row["method"], row["order"], str(row["examples"]), *shares, *cells])
     head = ["by", "first", "examples", "in the top 1%", "in the top 5%", "median rank", "lost without", "sum of values"]
@@ -227,7 +224,7 @@ def _ranks_table(result: Row) -> str:
 
 
 def draw(result: Row, path: Path) -> None:
-    """Left: every planted example's rank by every method. Right: the target's loss drop, and whose values it is."""
+    """Left: every planted example's and lure's rank by every method. Right: whose values the target's loss drop is."""
     importlib.import_module("matplotlib").use("svg")  # not installed but for the studies
     plt: Any = importlib.import_module("matplotlib.pyplot")
     options = {"svg.hashsalt": "facts", "svg.fonttype": "none", "font.size": 8, "legend.frameon": False}
@@ -237,23 +234,24 @@ def draw(result: Row, path: Path) -> None:
         figure, (ranks, books) = plt.subplots(1, 2, figsize=(8.4, 3.4), layout="constrained")
         methods = [*schemes, BM25, OWN_LOSS]
         for k, method in enumerate(methods):
-            for kind, at, color in (("planted", -0.15, "C0"), ("lures", 0.15, "C1")):
-                of = [r["rank"] for r in result["ranks"] if (r["method"], r["kind"]) == (method, kind)]
-                x = k + at + random.uniform(-0.08, 0.08, len(of))
-                ranks.plot(x, of, ".", color=color, markersize=4, alpha=0.7, label=None if k else kind)
+            for n, kind in enumerate((*study["left_out"], "lures")):
+                mine = [r for r in result["ranks"] if r["method"] == method and kind in (r["order"], r["kind"])]
+                x = k + 0.25 * (n - 1) + random.uniform(-0.06, 0.06, len(mine))
+                name = None if k else kind if kind == "lures" else f"planted, {kind}"
+                ranks.plot(x, [r["rank"] for r in mine], ".", color=f"C{n}", markersize=4, alpha=0.7, label=name)
         ranks.axhline(int(TOP * study["examples"]) + 0.5, color="grey", linewidth=0.8, linestyle="--")
         ranks.set(yscale="log", ylabel=f"rank among {study['examples']}, dashed: 1%")
         ranks.invert_yaxis()
         ranks.set_xticks(range(len(methods)), methods)
-        ranks.legend()
+        ranks.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
         below = np.zeros(len(schemes))
         means = [_shares([b for b in result["books"] if b["scheme"] == s]).mean(axis=0) for s in schemes]
-        for n, (name, color) in enumerate((("planted", "C0"), ("lures", "C1"), ("others", "C7"))):
+        for n, (name, color) in enumerate((("planted", "C0"), ("lures", "C2"), ("others", "C7"))):
             heights = np.array([mean[n] for mean in means])
             books.bar(schemes, heights, 0.6, bottom=below, color=color, label=name)
             below = below + heights
         books.axhline(1, color="grey", linewidth=0.8, linestyle="--")
         books.set_ylabel("share of the target's loss drop, mean")
-        books.legend()
+        books.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
         figure.savefig(path, metadata={"Date": None})
         plt.close(figure)

