@@ -1,7 +1,7 @@
 """Fine-tuning: adapters on a frozen model, and models that are frozen in part.
 
 Values are held against <g_i, q>, with g_i by one backward pass each and q from the optimizer's real moves
-(tests/zoo/check.py). What is refused says why.
+(tests/zoo/check.py).
 """
 
 import copy
@@ -14,14 +14,14 @@ import peft
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.optim import SGD, AdamW
+from torch.optim import SGD, AdamW, Optimizer
 
-from inrun import Attributor, InrunError
+from inrun import Attributor
 from inrun.kernels import Kernel
 from inrun.oracle import per_example_gradients
 from tests.models import VOCABULARY
 from tests.reference import contracted, reference_direction
-from tests.zoo.check import WAYS, Scheme, largest_error
+from tests.zoo.check import PAIRED, Scheme, largest_error
 from tests.zoo.entry import SIZES, Entry, Inputs, but, hugging_face, mean_over_tokens, padded, texts
 
 pytestmark = [  # peft's own
@@ -65,14 +65,10 @@ def after_the_prompt(model: nn.Module, batch: Inputs) -> Tensor:
     return mean_over_tokens(logits, ids[:, 1:], None if mask is None else mask[:, 1:])
 
 
-def entry(build: Callable[[], nn.Module], refused: str = "", batch: Callable[[int, int], Inputs] = texts) -> Entry:
-    return Entry(build, batch, after_the_prompt, "adapter", EXAMPLES, refused)
+def entry(build: Callable[[], nn.Module], batch: Callable[[int, int], Inputs] = texts) -> Entry:
+    return Entry(build, batch, after_the_prompt, "adapter", EXAMPLES)
 
 
-# Their parameters lie in a ParameterDict or ParameterList, which nobody calls.
-UNCALLED = r"no gradient reached the model inside the `batch` block"
-UNSEEN = r"the values that came through .*{}.* add up to .*A use of these parameters was not seen"
-REPEATED = r"prompt_encoder\.default\..*{}.* the output has no example dimension .* giving it one fails"
 LM: dict[str, Any] = {"task_type": "CAUSAL_LM"}
 ADAPTERS = {
     "LoRA": entry(adapted(lora())),
@@ -83,45 +79,35 @@ ADAPTERS = {
     "LoRA, dropout": entry(adapted(lora(lora_dropout=0.3))),
     "LoRA, the head trained whole": entry(adapted(lora(modules_to_save=["lm_head"]))),
     "LoRA, embedding and norm trained whole": entry(adapted(lora(modules_to_save=["embed_tokens", "norm"]))),
-    "LoRA on the embedding": entry(
-        adapted(lora(target_modules=["embed_tokens", "q_proj"])), UNSEEN.format("lora_embedding_A.default")
-    ),
-    "LoRA, some tokens trained": entry(
-        adapted(lora(trainable_token_indices=[3, 5])), UNSEEN.format("trainable_tokens_delta.default")
-    ),
-    "DoRA": entry(adapted(lora(use_dora=True)), r"lora_A\.default.* the output has no example dimension"),
+    "LoRA on the embedding": entry(adapted(lora(target_modules=["embed_tokens", "q_proj"]))),
+    "LoRA, some tokens trained": entry(adapted(lora(trainable_token_indices=[3, 5]))),
+    "DoRA": entry(adapted(lora(use_dora=True))),
     "OFT": entry(adapted(peft.OFTConfig(oft_block_size=4, target_modules=["q_proj", "v_proj"], **LM))),
     "norms": entry(adapted(peft.LNTuningConfig(target_modules=["ln_1", "ln_2"], **LM), GPT2)),
-    "prompt tuning": entry(adapted(peft.PromptTuningConfig(num_virtual_tokens=3, **LM)), REPEATED.format("embedding")),
+    "prompt tuning": entry(adapted(peft.PromptTuningConfig(num_virtual_tokens=3, **LM))),
     "p-tuning": entry(
         adapted(peft.PromptEncoderConfig(num_virtual_tokens=3, encoder_hidden_size=8, **LM)),
-        REPEATED.format("mlp_head"),
     ),
     "prefix tuning": entry(adapted(peft.PrefixTuningConfig(num_virtual_tokens=3, **LM))),
     "LLaMA-Adapter": entry(adapted(peft.AdaptionPromptConfig(adapter_len=3, adapter_layers=2, **LM))),
     "IA3": entry(
         adapted(peft.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"], **LM)),
-        UNCALLED,
     ),
-    "VeRA": entry(adapted(peft.VeraConfig(r=3, target_modules=["q_proj", "o_proj"], **LM)), UNCALLED),
-    "AdaLoRA": entry(
-        adapted(peft.AdaLoraConfig(total_step=100, init_r=4, target_r=2, target_modules=SOME, **LM)), UNCALLED
-    ),
-    "LoHa": entry(adapted(peft.LoHaConfig(r=3, target_modules=SOME, **LM)), UNCALLED),
-    "LoKr": entry(adapted(peft.LoKrConfig(r=3, target_modules=SOME, **LM)), UNCALLED),
+    "VeRA": entry(adapted(peft.VeraConfig(r=3, target_modules=["q_proj", "o_proj"], **LM))),
+    "AdaLoRA": entry(adapted(peft.AdaLoraConfig(total_step=100, init_r=4, target_r=2, target_modules=SOME, **LM))),
+    "LoHa": entry(adapted(peft.LoHaConfig(r=3, target_modules=SOME, **LM))),
+    "LoKr": entry(adapted(peft.LoKrConfig(r=3, target_modules=SOME, **LM))),
 }
 
 
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize(("scheme", "kernel"), WAYS)
+@pytest.mark.parametrize(("scheme", "kind", "kernel"), PAIRED)
 @pytest.mark.parametrize("name", ADAPTERS)
-def test_adapters(name: str, scheme: Scheme, kernel: Kernel) -> None:
-    found = ADAPTERS[name]
-    if found.refused:
-        with pytest.raises(InrunError, match=found.refused):
-            largest_error(found, scheme, kernel)
-    else:
-        assert largest_error(found, scheme, kernel) < 1e-8
+def test_adapters(name: str, scheme: Scheme, kind: type[Optimizer], kernel: Kernel) -> None:
+    # what makes virtual tokens is lifted to the whole model, whose norms compute in single precision
+    assert largest_error(ADAPTERS[name], scheme, kind, kernel) < (
+        1e-6 if name in ("prompt tuning", "p-tuning") else 1e-8
+    )
 
 
 def trained_alone(*parts: str, base: Callable[[], nn.Module] = LLAMA) -> Callable[[], nn.Module]:
@@ -148,10 +134,10 @@ FROZEN_IN_PART = {
 
 
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize(("scheme", "kernel"), WAYS)
+@pytest.mark.parametrize(("scheme", "kind", "kernel"), PAIRED)
 @pytest.mark.parametrize("name", FROZEN_IN_PART)
-def test_frozen_in_part(name: str, scheme: Scheme, kernel: Kernel) -> None:
-    assert largest_error(entry(FROZEN_IN_PART[name]), scheme, kernel) < 1e-8
+def test_frozen_in_part(name: str, scheme: Scheme, kind: type[Optimizer], kernel: Kernel) -> None:
+    assert largest_error(entry(FROZEN_IN_PART[name]), scheme, kind, kernel) < 1e-8
 
 
 @pytest.mark.usefixtures("float64")
@@ -202,6 +188,16 @@ def relative(found: Tensor, wanted: Tensor) -> float:
     return float((found - wanted).norm() / wanted.norm())
 
 
+def by_autograd(model: nn.Module) -> Tensor:
+    """What the values of the first step are by plain autograd, with `first` under SGD at 0.1: [EXAMPLES]."""
+    found = entry(lambda: model)
+    batch, target = found.batch(EXAMPLES, 0), found.batch(3, 90)
+    g = per_example_gradients(model, found.parts(batch, EXAMPLES))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    gradients = torch.autograd.grad(found.loss(model.eval(), target), trained)
+    return contracted(model, g, {p: 0.1 * of for p, of in zip(trained, gradients, strict=True)})
+
+
 def values_of(model: nn.Module, scheme: Scheme, kernel: Kernel) -> Tensor:
     """The values of the first step: [EXAMPLES]."""
     found = entry(lambda: model)
@@ -228,14 +224,7 @@ def test_a_base_in_bfloat16(kernel: Kernel) -> None:
     assert {p.dtype for p in mixed.parameters() if p.requires_grad} == {torch.float32}
     assert {p.dtype for p in mixed.parameters() if not p.requires_grad} == {torch.bfloat16}
     whole = copy.deepcopy(mixed).float()
-    found = entry(lambda: whole)
-    batch, target = found.batch(EXAMPLES, 0), found.batch(3, 90)
-    g = per_example_gradients(whole, found.parts(batch, EXAMPLES))
-    found.loss(whole, batch).backward()
-    optimizer = SGD([p for p in whole.parameters() if p.requires_grad], lr=0.1)
-    gradients = torch.autograd.grad(found.loss(whole.eval(), target), optimizer.param_groups[0]["params"])
-    q = {p: 0.1 * of for p, of in zip(optimizer.param_groups[0]["params"], gradients, strict=True)}
-    assert relative(values_of(mixed, "first", kernel), contracted(whole, g, q)) < 0.05
+    assert relative(values_of(mixed, "first", kernel), by_autograd(whole)) < 0.05
 
 
 TORCHAO = pytest.mark.skipif(find_spec("torchao") is None, reason="no torchao: python -m pip install torchao")
@@ -267,4 +256,4 @@ def test_a_quantised_base(kernel: Kernel) -> None:
     for scheme in schemes:
         values = values_of(copy.deepcopy(quantised), scheme, kernel)
         assert relative(values, values_of(copy.deepcopy(plain), scheme, kernel)) < 1e-3
-    assert largest_error(entry(lambda: quantised), "first", kernel) < 1e-4
+    assert relative(values_of(copy.deepcopy(quantised), "first", kernel), by_autograd(quantised)) < 1e-4

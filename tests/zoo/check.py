@@ -19,6 +19,7 @@ Scheme = Literal["first", "path"]
 WAYS: list[tuple[Scheme, type[Optimizer], Kernel]] = [
     (scheme, kind, kernel) for scheme in ("first", "path") for kind in (SGD, AdamW) for kernel in ("auto", "tangent")
 ]
+PAIRED = [(scheme, kind, kernel) for scheme, kind, kernel in WAYS if (scheme == "first") == (kind is SGD)]
 
 
 def prepared(entry: Entry, kind: type[Optimizer]) -> tuple[nn.Module, Optimizer]:
