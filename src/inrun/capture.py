@@ -7,6 +7,7 @@ the inputs of the call until the step (inrun.captured). The model's own hooks te
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from inrun.hooks import form, keep_gradient, on_gradient, pay, watch
 from inrun.kernels import Kernels
 from inrun.probe import Found, Inputs, Probe, Unit, expanded, tensors
 from inrun.rows import Rows
+from inrun.shortened import find_times, tokens_of
 from inrun.tangent.fused import fused, is_convolution, parameter_gradients
 from inrun.tangent.generic import RandomState
 from inrun.tangent.ghost import Pair
@@ -145,7 +147,7 @@ class Capture:
         self._put_off.clear()
         self._made.clear()
         self._state.mode, self._state.each = "outside", torch.empty(captured.examples, device="cpu")
-        graphs = self._in_graphs and all(self._alone(unit.module) for unit in self._hooks)
+        graphs = self._in_graphs and all(self._alone(unit.module) for unit in self._hooks) and not captured.by_token
         try:
             with nullcontext() if graphs else uncompiled():
                 yield
@@ -156,6 +158,9 @@ class Capture:
                 hook.key.grad = None
         # a call whose outputs met no gradient adds nothing
         captured.calls = [call for call in captured.calls if any(g is not None for g in call.gradients)]
+        if captured.time is not None:
+            for call in captured.calls:
+                call.check_times(captured.examples, captured.time)
 
     def _before_model(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._open is None or aside():
@@ -188,8 +193,25 @@ class Capture:
             found = self._probe.find(inputs, examples)
             self._found[inputs.signature] = self._found[inputs.exact()] = found
             self._lay_out()
+        if self._open.by_token:
+            found = self._with_times(self._open, inputs, found)
         self._now, self._merges, self._calls_of = found, inputs.merges(found.carrying), {}
         self._state.mode = "on"
+
+    def _with_times(self, captured: Captured, inputs: Inputs, found: Found) -> Found:
+        """Find where the tokens stand in the units' outputs, once for a structure of inputs."""
+        time = tokens_of(inputs, found.carrying, captured.packed)
+        if captured.time not in (None, time):
+            raise InrunError(
+                f"the model was called with sequences of {captured.time} and of {time} tokens in one `batch` block: "
+                "give each a block of its own."
+            )
+        captured.time = time
+        if found.times is None:
+            times = find_times(self._probe, inputs, found, captured.examples, time, captured.packed)
+            found = replace(found, times=times)
+            self._found[inputs.signature] = self._found[inputs.exact()] = found
+        return found
 
     def _lay_out(self) -> None:
         """Find the units that can be in a graph: one output, laid out in all calls the same, and a closed form."""
@@ -327,7 +349,8 @@ class Capture:
         if not torch.is_grad_enabled():
             return None
         if self._put_off.get(unit):
-            layouts = {self._now.rows.get((unit, k)) for k in self._put_off[unit]} if self._now is not None else set()
+            of = [] if self._now is None else [self._now.rows, self._now.times or {}]
+            layouts = {tuple(each.get((unit, k)) for each in of) for k in self._put_off[unit]}
             index = self._put_off[unit].pop()
             if len(layouts) > 1:
                 raise InrunError(
@@ -409,6 +432,8 @@ class Capture:
             unit, args, kwargs, unit.module.training, self._cast_to(), random_state, versions, list(rows), nothing
         )
         call.late = kernel == "late"
+        if captured.by_token and self._now.times is not None:
+            call.times = self._now.times[unit, index]
         formed = kernel == "formed"
         for k, (leaf, found) in wholes.items():
             call.rows[k], leaves[k] = found, leaf

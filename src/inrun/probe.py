@@ -16,6 +16,7 @@ from inrun.errors import InrunError
 from inrun.gradient import same
 from inrun.rows import Rows, find_rows, shuffled
 from inrun.target import Evaluation
+from inrun.timeline import Time
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,6 +35,7 @@ class Found:
     rows: Mapping[tuple[Unit, int], tuple[Rows | None, ...]]
     carrying: tuple[int, ...]
     counted: bool  # an operation chose entries by their values, so that the examples may have different numbers of them
+    times: Mapping[tuple[Unit, int], tuple[Time | None, ...]] | None = None  # where its tokens stand in every output
 
     @property
     def merged(self) -> bool:
@@ -128,6 +130,11 @@ class Probe:
                 break
             counted = True
         return self._expandable(inputs, order, Found(comparison.finished(), tuple(carrying), counted))
+
+    def outputs(self, inputs: Inputs, carrying: Sequence[int], examples: int) -> dict[tuple[Unit, int], list[Any]]:
+        """What every unit puts out on these inputs in eval mode, by call."""
+        seen = self._run(inputs, list(carrying), torch.arange(examples)).seen
+        return {call: of.leaves for call, of in seen.items()}
 
     def _expandable(self, inputs: Inputs, order: Tensor, found: Found) -> Found:
         """The rows with which batchless outputs can be expanded and the model still computes the same.
