@@ -256,7 +256,7 @@ def test_a_resumed_run_has_the_same_ledger(tmp_path: Any) -> None:
     train(tmp_path / "whole", range(4))
     state = train(tmp_path / "resumed", range(3))
     train(tmp_path / "resumed", range(2, 4), state)
-    for kind, rows in (("values", 1), ("modules", 2), ("tokens", 1)):
+    for kind, rows in (("values", 1), ("modules", 2), ("token_values", 1)):
         whole, resumed = (pl.read_parquet(tmp_path / run / kind / "*.parquet") for run in ("whole", "resumed"))
         assert whole["step"].to_list() == [step for step in (1, 2, 3, 4) for _ in range(rows * len(DOCUMENTS))]
         assert resumed.equals(whole)

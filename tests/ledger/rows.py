@@ -80,7 +80,7 @@ def assert_holds(folder: Path, last: int, parts: bool = False) -> None:
     """Rows of the steps 1..last are there once, in the files of every kind, and no others."""
     rows = [row for step in range(1, last + 1) for row in rows_of(step)]
     assert sorted(rows_in(folder)) == sorted(rows)
-    for kind, wanted in (("modules", parts_of(rows)), ("tokens", tokens_of(rows))) if parts else ():
+    for kind, wanted in (("modules", parts_of(rows)), ("token_values", tokens_of(rows))) if parts else ():
         found = pl.concat([pl.read_parquet(folder / kind / name) for name in names(folder, kind)]) if rows else None
         assert sorted(found.rows() if found is not None else []) == sorted(wanted)
     steps = Ledger(folder).steps().select("step", "target").rows()

@@ -60,7 +60,7 @@ def kill_everywhere(
         assert reached == set(range(1, len(reached) + 1)), "a hole in the run"
         assert set(found) >= {row for step in range(1, checkpoint + 1) for row in rows_of(step)}
         with LedgerWriter(folder, RUN, resume=True) as resumed:
-            kinds = ("values", "steps", *(("modules", "tokens") if parts else ()))
+            kinds = ("values", "steps", *(("modules", "token_values") if parts else ()))
             assert not [name for kind in kinds for name in names(folder, kind) if name[0] == "."]
             resumed.cut(checkpoint)
             assert_holds(folder, checkpoint, parts)

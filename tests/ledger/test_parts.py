@@ -20,7 +20,7 @@ def test_they_read_back_with_any_engine(tmp_path: Path) -> None:
     assert modules.schema == {
         "step": pl.Int64, "id": pl.String, "target": pl.String, "module": pl.String, "value": pl.Float64,
     }  # fmt: skip
-    tokens = pl.read_parquet(tmp_path / "tokens" / "*.parquet")
+    tokens = pl.read_parquet(tmp_path / "token_values" / "*.parquet")
     assert tokens.schema == {
         "step": pl.Int64, "id": pl.String, "target": pl.String, "token_values": pl.List(pl.Float64),
     }  # fmt: skip
@@ -49,7 +49,7 @@ def test_they_count_for_when_a_part_is_written(tmp_path: Path) -> None:
     book(writer, 2)
     writer.flush()
     assert names(tmp_path, "values") == ["000000001-000000001-r0.parquet", "000000002-000000002-r0.parquet"]
-    assert names(tmp_path, "modules") == names(tmp_path, "tokens") == ["000000001-000000001-r0.parquet"]
+    assert names(tmp_path, "modules") == names(tmp_path, "token_values") == ["000000001-000000001-r0.parquet"]
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ while it is written.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -124,16 +124,16 @@ class Ledger:
 
         None where the run kept none of it, or where its uses had different numbers of tokens.
         """
-        return self._token_values([id], target).get(id)
+        return self.values_by_token([id], target).get(id)
 
-    def _token_values(self, ids: Sequence[int | str], target: str) -> dict[int | str, Floats]:
-        paths = [part.path for part in list_parts(self.folder, TOKENS)]
-        if not paths or not ids:
+    def values_by_token(self, ids: Iterable[int | str], target: str) -> dict[int | str, Floats]:
+        """`token_values` of several examples, of those that have some."""
+        paths, wanted = [part.path for part in list_parts(self.folder, TOKENS)], list(ids)
+        if not paths or not wanted:
             return {}
-        of_target = self._of_target(scan(paths), target).filter(pl.col("id").is_in(list(ids)))
+        rows = self._of_target(scan(paths), target).filter(pl.col("id").is_in(wanted))
         found: dict[int | str, list[Floats]] = {}
-        rows = self._collect(of_target.sort("step").select("id", "token_values"))
-        for one, values in rows.iter_rows():
+        for one, values in self._collect(rows.sort("step").select("id", "token_values")).iter_rows():
             found.setdefault(one, []).append(np.array(values))
         return {one: np.sum(uses, axis=0) for one, uses in found.items() if len({len(use) for use in uses}) == 1}
 

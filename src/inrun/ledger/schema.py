@@ -4,7 +4,7 @@
     values/*.parquet   one row per use of an example in a step and target
     steps/*.parquet    one row per step and target
     modules/*.parquet  where values by module are asked for: the rows of values/ in parts, with the module of each
-    tokens/*.parquet   where values by token are: the rows of values/ with a list of one value per token
+    token_values/*.parquet  where values by token are: the rows of values/ with a list of one value per token
     examples.parquet   optional: id and the user's columns
 
 A part is named FIRST-LAST-rRANK.parquet by its steps, so that names sort by step, and is only ever replaced
@@ -25,7 +25,7 @@ RUN = "run.json"
 VALUES = "values"
 STEPS = "steps"
 MODULES = "modules"
-TOKENS = "tokens"
+TOKENS = "token_values"
 IF_ASKED_FOR = (MODULES, TOKENS)  # their folders are made with their first part
 KINDS = (VALUES, STEPS, *IF_ASKED_FOR)
 EXAMPLES = "examples.parquet"
@@ -91,7 +91,7 @@ def modules_schema(id_type: type[pl.DataType]) -> dict[str, type[pl.DataType]]:
 
 
 def tokens_schema(id_type: type[pl.DataType]) -> dict[str, type[pl.DataType] | pl.DataType]:
-    """Columns of tokens/: those of values/, with a list of nats, one for each of the example's tokens."""
+    """Columns of token_values/: those of values/, with a list of nats, one for each of the example's tokens."""
     return {"step": pl.Int64, "id": id_type, "target": pl.String, "token_values": pl.List(pl.Float64)}
 
 
