@@ -162,6 +162,42 @@ def attributed(model: nn.Module, batch: Any, **settings: Any) -> tuple[Attributo
     return attributor, optimizer
 
 
+class TimeFirst(nn.Module):
+    """The recurrent model, called with [time, batch]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = CASES["lstm"].build()
+
+    def forward(self, tokens_TB: Tensor) -> Tensor:
+        return torch.as_tensor(self.inner(tokens_TB.T))
+
+
+def test_another_batch_dimension() -> None:
+    """Four examples of four tokens, either way."""
+    found = []
+    for batch_dim in (0, 1):
+        torch.manual_seed(0)
+        model = TimeFirst()
+        called = model if batch_dim else model.inner
+        optimizer = SGD(model.parameters(), lr=0.1)
+        target, batch = {"t": tokens(3, 90)}, tokens(4, 1, length=5)
+
+        def loss(m: nn.Module, batch_BT: Tensor, batch_dim: int = batch_dim) -> Tensor:
+            x = batch_BT[:, :-1]
+            logits = m(x.T if batch_dim else x)
+            return nn.functional.cross_entropy(logits.transpose(1, 2), batch_BT[:, 1:])
+
+        with Attributor(called, optimizer, target, loss, token_values=True, batch_dim=batch_dim) as attributor:
+            with attributor.batch(range(4)):
+                loss(called, batch).backward()
+            optimizer.step()
+        assert attributor.last is not None
+        found.append(attributor.last.token_values["t"])
+    assert found[0].shape == (4, 4)
+    torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=0)
+
+
 class Custom(Function):
     """x * w, without a forward mode."""
 
