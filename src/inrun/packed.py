@@ -59,20 +59,15 @@ def as_packed(ids: Any) -> Packed | None:
             f"ids of packed documents must be [batch, time], one for every token; got rows of {len(lengths)} different "
             "lengths. Give padding the id -1, or None in a list."
         )
-    place: dict[Id, int] = {}
-    found = []
-    for i in (i for row in rows for i in row):
-        if i is None or (isinstance(i, Integral) and not isinstance(i, bool) and i == NOBODY):
-            found.append(NOBODY)
-        else:
-            found.append(
-                place.setdefault(int(i) if isinstance(i, Integral) and not isinstance(i, bool) else i, len(place))
-            )
-    kinds = {type(i) for i in place}
+    flat = [int(i) if isinstance(i, Integral) and not isinstance(i, bool) else i for row in rows for i in row]
+    flat = [None if type(i) is int and i == NOBODY else i for i in flat]
+    kinds = {type(i) for i in flat if i is not None}
     if len(kinds) != 1 or not kinds <= {int, str}:
         names = ", ".join(sorted(kind.__name__ for kind in kinds)) or "no document"
         raise InrunError(
             "ids of packed documents must be ints or strings, one for every token and all of one type, with -1 or None "
             f"for tokens of no document; got {names}."
         )
+    place: dict[Id, int] = {}
+    found = [NOBODY if i is None else place.setdefault(i, len(place)) for i in flat]
     return Packed(list(place), torch.tensor(found, device="cpu").view(len(rows), -1))

@@ -1,4 +1,7 @@
-"""Runs the model on one token less to find where time is in every unit's output (inrun.timeline)."""
+"""Runs the model on fewer tokens to find where time is in every unit's output (inrun.timeline).
+
+About half of them are left: what a token sees of so many later ones shows in its output beyond rounding.
+"""
 
 import copy
 from collections.abc import Mapping, Sequence
@@ -47,17 +50,26 @@ def find_times(probe: Probe, inputs: Inputs, found: Found, examples: int, time: 
     """
     if time < 2:
         raise InrunError(
-            "which dimensions hold time is found by running the model on one token less, and this first batch has one: "
+            "which dimensions hold time is found by running the model on fewer tokens, and this first batch has one: "
             "begin with a longer one."
         )
+    documents = None if packed is None else packed.documents
+    times = time, _fewer(time, documents)
     plain = probe.outputs(inputs, found.carrying, examples)
     problems = []
-    for shorter in _shortened(inputs, found.carrying, time):
+    for shorter in _shortened(inputs, found.carrying, times):
         try:
-            return _compared(probe, plain, shorter, found, examples, time, packed)
+            return _compared(probe, plain, shorter, found, examples, times, documents)
         except InrunError as problem:
             problems.append(problem)
     raise next((problem for problem in problems if problem.__cause__ is None), problems[0])
+
+
+def _fewer(time: int, documents: Tensor | None) -> int:
+    """How many tokens to leave: half of them, or so many that a sequence loses its last document and no other."""
+    half = time // 2
+    last = [] if documents is None else [int((row == row[-1]).int().argmax()) for row in documents]
+    return min((begin for begin in last if begin), key=lambda begin: abs(begin - half), default=half)
 
 
 def _compared(
@@ -66,54 +78,54 @@ def _compared(
     shorter: Inputs,
     found: Found,
     examples: int,
-    time: int,
-    packed: Packed | None,
+    times: tuple[int, int],
+    documents: Tensor | None,
 ) -> Times:
+    time, fewer = times
     try:
         again = probe.outputs(shorter, found.carrying, examples)
     except InrunError as error:
         raise InrunError(
-            f"the model could not be run on {time - 1} tokens in place of {time}, to find out which dimensions hold "
+            f"the model could not be run on {fewer} tokens in place of {time}, to find out which dimensions hold "
             f"time ({error.__cause__ or error}): it was given inputs of shape {shorter.shapes()}. Values by token and "
             "by packed document are for models that take sequences of any length."
         ) from error
-    times = {}
+    places = {}
     for (unit, index), leaves in plain.items():
         rows, others = found.rows[unit, index], again.get((unit, index), [])
         if len(others) != len(leaves):
             raise InrunError(
-                f"{unit.name}: the model calls it another number of times for {time} and for {time - 1} tokens, so "
+                f"{unit.name}: the model calls it another number of times for {time} and for {fewer} tokens, so "
                 "that its calls have no tokens of their own. Ask for values by example alone."
             )
-        places: list[Time | None] = []
+        of_leaves: list[Time | None] = []
         for x, y, of in zip(leaves, others, rows, strict=True):
             place = None
             if of is not None and isinstance(x, Tensor) and isinstance(y, Tensor) and x.is_floating_point():
                 if not of.fits(y, examples):
                     raise InrunError(
                         f"{unit.name}: its output of shape {tuple(x.shape)} for {time} tokens is laid out otherwise "
-                        f"for one less, {tuple(y.shape)}, so that it cannot be told which dimension is time. {INSTEAD}"
+                        f"for {fewer}, {tuple(y.shape)}, so that it cannot be told which dimension is time. {INSTEAD}"
                     )
                 whole, as_rows = expanded(x, of, examples, unit)
                 less, _ = expanded(y, of, examples, unit)
-                documents = None if packed is None else packed.documents
-                place = find_time(whole, less, as_rows, examples, time, documents, unit.name)
-            places.append(place)
-        times[unit, index] = tuple(places)
-    return times
+                place = find_time(whole, less, as_rows, examples, times, documents, unit.name)
+            of_leaves.append(place)
+        places[unit, index] = tuple(of_leaves)
+    return places
 
 
 def _time_dim(inputs: Inputs) -> int:
     return 0 if inputs.batch_dim else 1
 
 
-def _shortened(inputs: Inputs, carrying: Sequence[int], time: int) -> list[Inputs]:
-    """The inputs without the last token, in two ways if they differ.
+def _shortened(inputs: Inputs, carrying: Sequence[int], times: tuple[int, int]) -> list[Inputs]:
+    """The inputs without the last tokens, in two ways if they differ.
 
-    Tensors [batch, time, ...] lose it in that dimension, others, such as masks [batch, 1, time, time] or positions
+    Tensors [batch, time, ...] lose them in that dimension, others, such as masks [batch, 1, time, time] or positions
     [time], in all that have as many entries; or all tensors do in all of these, as a mask [batch, time, time] must.
     """
-    d, ways = _time_dim(inputs), []
+    (time, fewer), d, ways = times, _time_dim(inputs), []
     for alike in (False, True):
         leaves = list(inputs.leaves)
         for k, x in enumerate(leaves):
@@ -122,7 +134,7 @@ def _shortened(inputs: Inputs, carrying: Sequence[int], time: int) -> list[Input
                     n for n in range(x.ndim) if x.shape[n] == time and not (k in carrying and n == inputs.batch_dim)
                 ]
                 for n in [d] if k in carrying and d in dims and not alike else dims:
-                    leaves[k] = leaves[k].narrow(n, 0, time - 1)
+                    leaves[k] = leaves[k].narrow(n, 0, fewer)
         less = copy.copy(inputs)
         less.leaves = leaves
         ways.append(less)

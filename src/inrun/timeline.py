@@ -1,17 +1,23 @@
 """Which dimension of a unit's output is time: found out by running the model, never guessed from its sizes.
 
-The model is run once more on the same batch with one token less (inrun.shortened). The dimension of a unit's output
-that shrank with it is time, and the values say whether it is: in a causal model the shorter run's outputs are the
-first of the longer run's; where documents are packed and kept apart by a mask, those of all documents but the
-sequences' last are the same.
+The model is run once more on the same batch with fewer tokens (inrun.shortened). The dimension of a unit's output that
+shrank with them is time, and the values say whether it is: in a causal model the shorter run's outputs are the first of
+the longer run's; where documents are packed and kept apart by a mask, those of all documents that were left whole are
+the same.
 """
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from inrun.errors import InrunError
 from inrun.rows import Rows, same
+
+INSTEAD = (
+    "Ask for values by example alone (without token_values=, ids of one dimension), or freeze the module "
+    "(requires_grad_(False))."
+)
 
 
 @dataclass(frozen=True)
@@ -39,32 +45,39 @@ class Time:
 
 
 def find_time(
-    longer: Tensor, shorter: Tensor, rows: Rows, examples: int, time: int, documents: Tensor | None, where: str
+    longer: Tensor,
+    shorter: Tensor,
+    rows: Rows,
+    examples: int,
+    times: tuple[int, int],
+    documents: Tensor | None,
+    where: str,
 ) -> Time | None:
-    """Where the tokens stand in a unit's output, from its values on all tokens and on one less; None if no dimension
-    shrank with it.
+    """Where the tokens stand in a unit's output, from its values on all tokens and on fewer; None if no dimension
+    shrank with them.
 
     Args:
         longer, shorter: the output, with an example dimension. rows: whose rows they are.
-        time: the number of tokens in the longer run.
-        documents: whose every token is, of packed documents.
+        times: the number of tokens in the longer and in the shorter run.
+        documents: whose every token is, [examples, time], where documents are packed.
         where: the unit, for the error.
 
     Raises:
-        InrunError: another number of entries than the tokens have, or other values for one token less.
+        InrunError: another number of entries than the tokens have, or other values for fewer tokens.
     """
+    time, fewer = times
     x, y = rows.split(longer, examples), rows.split(shorter, examples)
     shrunk = [d for d in range(1, x.ndim) if x.shape[d] != y.shape[d]]
     if not shrunk:
         return None
-    sizes = f"of shape {tuple(longer.shape)} for {time} tokens and {tuple(shorter.shape)} for one less"
+    sizes = f"of shape {tuple(longer.shape)} for {time} tokens and {tuple(shorter.shape)} for {fewer}"
     if len(shrunk) > 1:
         raise InrunError(
             f"{where}: cannot tell which dimension of its output is time: {sizes}. An output for pairs of tokens "
             f"belongs to no token. {INSTEAD}"
         )
     (d,) = shrunk
-    if x.shape[d] * (time - 1) != y.shape[d] * time:
+    if x.shape[d] % time or x.shape[d] * fewer != y.shape[d] * time:
         raise InrunError(
             f"{where}: cannot tell which entries of its output belong to which token: {sizes}, which is not a whole "
             f"number for every token. {INSTEAD}"
@@ -72,9 +85,9 @@ def find_time(
     ways = [Time(d - 1)] if x.shape[d] == time else [Time(d - 1), Time(d - 1, outer=False)]
     found = []
     for way in ways:
-        a = way.per_token(longer, rows, examples, time)[:, :-1]
-        b = way.per_token(shorter, rows, examples, time - 1)
-        if same(a, b) or _same_but_last(a, b, documents):
+        a = way.per_token(longer, rows, examples, time)[:, :fewer]
+        b = way.per_token(shorter, rows, examples, fewer)
+        if same(a, b) or _same_where_whole(a, b, documents):
             found.append(way)
     if len(found) > 1:
         raise InrunError(
@@ -84,23 +97,17 @@ def find_time(
         )
     if not found:
         raise InrunError(
-            f"{where}: its output for one token less is not that of before for the tokens that stayed, {sizes}. Its "
-            "rows belong to tokens only where no token sees a later one: in a causal model, or, for packed documents, "
-            "where a mask keeps the documents apart, which a batch shows that has a sequence of two or more. "
-            f"{INSTEAD}"
+            f"{where}: without the last tokens its output is another for those before them, {sizes}. Its rows belong "
+            "to tokens only where no token sees a later one: in a causal model, or, for packed documents, where a mask "
+            f"keeps the documents apart, which a batch shows that has a sequence of two or more. {INSTEAD}"
         )
     return found[0]
 
 
-def _same_but_last(a: Tensor, b: Tensor, documents: Tensor | None) -> bool:
-    """Whether the tokens of all documents but the sequences' last have the same entries."""
+def _same_where_whole(a: Tensor, b: Tensor, documents: Tensor | None) -> bool:
+    """Whether the tokens of all documents that lost no token have the same entries."""
     if documents is None:
         return False
-    others = (documents != documents[:, -1:])[:, :-1].to(a.device)
-    return bool(others.any()) and same(a[others], b[others])
-
-
-INSTEAD = (
-    "Ask for values by example alone (without token_values=, ids of one dimension), or freeze the module "
-    "(requires_grad_(False))."
-)
+    fewer = b.shape[1]
+    whole = torch.stack([~torch.isin(row[:fewer], row[fewer:]) for row in documents]).to(a.device)
+    return bool(whole.any()) and same(a[whole], b[whole])

@@ -305,9 +305,9 @@ class Summary(LooksAhead):
     ("build", "message"),
     [
         (Pooled, r"^head: its output of shape \(4, 31\) has no dimension of time"),
-        (LooksAhead, r"^head: its output for one token less is not that of before.*no token sees a later one"),
-        (Fixed, r"could not be run on 3 tokens in place of 4.*sequences of any length"),
-        (Regrouped, r"^head: its output of shape \(4, 4, 31\) for 4 tokens is laid out otherwise for one less"),
+        (LooksAhead, r"^head: without the last tokens its output is another.*no token sees a later one"),
+        (Fixed, r"could not be run on 2 tokens in place of 4.*sequences of any length"),
+        (Regrouped, r"^head: its output of shape \(4, 4, 31\) for 4 tokens is laid out otherwise for 2"),
         (Pairs, r"^head: cannot tell which dimension of its output is time.*pairs"),
         (Summary, r"^head: cannot tell which entries of its output belong to which token"),
     ],
@@ -332,19 +332,38 @@ def test_settings_that_do_not_go_together_are_refused() -> None:
 def test_time_is_found_by_what_shrank() -> None:
     """[4, 4, 4] of four examples of four tokens; merged with the examples, before and after another dimension."""
     x = torch.randn(4, 4, 4)
-    assert find_time(x, x[:, :-1], Rows(3, 0), 4, 4, None, "unit") == Time(1)
-    assert find_time(x, x[..., :-1], Rows(3, 0), 4, 4, None, "unit") == Time(2)
-    assert find_time(x, x[:-1], Rows(3, 2), 4, 4, None, "unit") == Time(1)
-    assert find_time(x, x, Rows(3, 0), 4, 4, None, "unit") is None
+    assert find_time(x, x[:, :-1], Rows(3, 0), 4, (4, 3), None, "unit") == Time(1)
+    assert find_time(x, x[..., :2], Rows(3, 0), 4, (4, 2), None, "unit") == Time(2)
+    assert find_time(x, x[:-1], Rows(3, 2), 4, (4, 3), None, "unit") == Time(1)
+    assert find_time(x, x, Rows(3, 0), 4, (4, 2), None, "unit") is None
     y = torch.randn(4, 3, 5, 2)  # examples, time, heads, features
     merged = Rows(2, 0, merged=True)
     inner, outer = y.transpose(1, 2), y
     for whole, time in ((outer, Time(0)), (inner, Time(0, outer=False))):
         less = whole.index_select(1 if whole is outer else 2, torch.tensor([0, 1]))
         flat = whole.reshape(-1, 2)
-        assert find_time(flat, less.reshape(-1, 2), merged, 4, 3, None, "unit") == time
+        assert find_time(flat, less.reshape(-1, 2), merged, 4, (3, 2), None, "unit") == time
         torch.testing.assert_close(time.per_token(flat, merged, 4, 3), y.flatten(2))
     with pytest.raises(InrunError, match=r"unit: its output merges time.*order"):
-        find_time(torch.zeros(60, 2), torch.zeros(40, 2), merged, 4, 3, None, "unit")
-    with pytest.raises(InrunError, match=r"unit: its output for one token less is not"):
-        find_time(x, x[:, 1:], Rows(3, 0), 4, 4, None, "unit")
+        find_time(torch.zeros(60, 2), torch.zeros(40, 2), merged, 4, (3, 2), None, "unit")
+    with pytest.raises(InrunError, match=r"unit: without the last tokens its output is another"):
+        find_time(x, x[:, 1:], Rows(3, 0), 4, (4, 3), None, "unit")
+    with pytest.raises(InrunError, match=r"unit: cannot tell which entries.*whole number for every token"):
+        find_time(x[:, :2], x[:, :1], Rows(3, 0), 4, (4, 2), None, "unit")
+
+
+def test_where_documents_are_packed_those_left_whole_tell() -> None:
+    """Of two sequences without their last two tokens: the second's first document is cut."""
+    documents = torch.tensor([[0, 0, 1, 1], [2, 3, 3, 3]])
+    x = torch.randn(2, 4, 3)
+    y = x[:, :2].clone()
+    for place, told in (((1, 1), True), ((1, 0), False), ((0, 1), False)):
+        other = y.clone()
+        other[place] += 1.0
+        if told:
+            assert find_time(x, other, Rows(3, 0), 2, (4, 2), documents, "unit") == Time(1)
+        else:
+            with pytest.raises(InrunError, match="without the last tokens"):
+                find_time(x, other, Rows(3, 0), 2, (4, 2), documents, "unit")
+    with pytest.raises(InrunError, match="without the last tokens"):  # no document was left whole: nothing is told
+        find_time(x, y + 1.0, Rows(3, 0), 2, (4, 2), torch.zeros(2, 4, dtype=torch.long), "unit")
