@@ -89,6 +89,31 @@ class GPT(nn.Module):
         return logits
 
 
+class PackedGPT(nn.Module):
+    """A GPT for packed documents: tokens with their positions in their documents, and a mask of who may see whom."""
+
+    def __init__(self, width: int = 16, layers: int = 2, heads: int = 2, positions: int = 12) -> None:
+        super().__init__()
+        self.wte, self.wpe = nn.Embedding(VOCABULARY, width), nn.Embedding(positions, width)
+        self.h = nn.ModuleList(Block(width, heads, 0.0) for _ in range(layers))
+        self.ln_f, self.lm_head = nn.LayerNorm(width), nn.Linear(width, VOCABULARY, bias=False)
+        self.wte.weight = self.lm_head.weight
+
+    def forward(self, tokens_BT: Tensor, positions_BT: Tensor, seen_B1TT: Tensor) -> Tensor:
+        x = self.wte(tokens_BT) + self.wpe(positions_BT)
+        for block in self.h:
+            assert isinstance(block, Block)
+            y, attention = block.ln_1(x), block.attn
+            B, T, D = y.shape
+            q, k, v = (
+                part.view(B, T, attention.heads, -1).transpose(1, 2) for part in attention.c_attn(y).split(D, dim=2)
+            )
+            z = F.scaled_dot_product_attention(q, k, v, attn_mask=seen_B1TT)
+            x = x + attention.c_proj(z.transpose(1, 2).reshape(B, T, D))
+            x = x + torch.as_tensor(block.mlp(block.ln_2(x)))
+        return torch.as_tensor(self.lm_head(self.ln_f(x)))
+
+
 class Recurrent(nn.Module):
     """An LSTM of two layers that takes the batch in its second dimension inside."""
 

@@ -35,6 +35,8 @@ from inrun.game import Game
 from inrun.gradient import Received, same, sample, square
 from inrun.kernels import Kernel, Kernels
 from inrun.ledger import LedgerWriter
+from inrun.packed import as_packed
+from inrun.parts import parts_of
 from inrun.plan import Plan, plan_of
 from inrun.provenance import coverage, describe
 from inrun.scratch import Scratch, free_memory, gib
@@ -82,6 +84,12 @@ class Attributor:
         nonfinite: when a gradient or a target's loss is not finite, "stop" raises before the optimizer moves, "skip"
             books the step as skipped.
         batch_dim: the dimension of the model's inputs that holds the examples.
+        token_values: keep the value of every token, too (`Step.token_values`; docs/parts.md). Every unit is then valued
+            by the kernel `tangent`, and needs an output with a dimension of time.
+        by_module: keep the values in parts, too, by the module that they came through (`Step.by_module`): True for a
+            part for every module that owns parameters, or patterns of parameters' names such as "*.attn.*", in a list
+            or by the name of the part. A parameter belongs to the first that it matches, and to "other" if it matches
+            none.
 
     The model, the optimizer and the random state are left as they are: with kernel="tangent" training is bit for bit
     what it is without, and with the others but for the order in which the weights' gradients are added up.
@@ -115,6 +123,8 @@ class Attributor:
         audit_permutations: int = 0,
         nonfinite: Literal["stop", "skip"] = "stop",
         batch_dim: int = 0,
+        token_values: bool = False,
+        by_module: bool | Sequence[str] | Mapping[str, str] = False,
     ) -> None:
         for name, chosen, known in (
             ("momentum", momentum, ("account", "credit")),
@@ -127,6 +137,12 @@ class Attributor:
             raise InrunError(f"audit_every={audit_every}: give the number of steps between audits, or 0 for none.")
         if audit_permutations < 0 or audit_permutations == 1:
             raise InrunError(f"audit_permutations={audit_permutations}: give two or more, or 0 to play no game.")
+        if token_values and kernel not in ("auto", "tangent"):
+            raise InrunError(
+                f"kernel={kernel!r} has no values of tokens: only 'tangent' has (or 'auto', which takes it)."
+            )
+        if token_values:
+            kernel = "tangent"
         if memory != "auto" and (isinstance(memory, str) or memory < 0):
             raise InrunError(f"memory={memory!r}: give a number of bytes, or 'auto'.")
         if not targets:
@@ -149,16 +165,20 @@ class Attributor:
         self._targets = [Target(name, batches, loss, evaluation, refresh) for name, batches in targets.items()]
         for target in self._targets:
             target.gradient(0, list(self._names))  # a target that cannot be used is refused now, not in mid-run
+        parts = parts_of(by_module, self._names, type(model).__name__)
+        self._kernel, self._token_values = kernel, token_values
         self._room = free_memory() // 2 if memory == "auto" else memory
         folder = None if ledger is None else Path(ledger)
         self._account: Account | Credit
         if momentum == "credit":
             if audit_permutations or nonfinite == "skip" or refresh != 1:
                 raise InrunError("momentum='credit' goes with none of audit_permutations=, nonfinite='skip', refresh=.")
+            if token_values or by_module:
+                raise InrunError("momentum='credit' has no values of tokens or modules: use momentum='account'.")
             scratch = Scratch(self._room, folder)
             self._account = Credit(self._targets, way, units, self._names, list(self._updates.values()), scratch)
         else:
-            self._account = Account(self._targets, way, units)
+            self._account = Account(self._targets, way, units, parts, token_values)
         self._received = Received(self._names)
         self._pending: list[Microbatch] = []
         self._open = False
@@ -183,6 +203,8 @@ class Attributor:
                 audit_every=audit_every,
                 audit_permutations=audit_permutations,
                 **({"refresh": refresh} if refresh != 1 else {}),
+                **({"token_values": True} if token_values else {}),
+                **({"modules": parts.names} if parts.names else {}),
                 **({"tolerance": tolerance, "max_nodes": max_nodes} if nodes == "adaptive" else {}),
                 **({"double_backward": DOUBLE_BACKWARD} if scheme == "second" else {}),
             )
@@ -214,15 +236,22 @@ class Attributor:
 
         Args:
             ids: one id per example, ints or strings: a sequence, or a tensor or array of one dimension. An id may stand
-                more than once; its values add up.
+                more than once; its values add up. Or, for packed documents, an id for every token, [batch, time]: a
+                tensor, an array or a sequence of sequences. A document's value is then the sum of its tokens' values
+                (docs/parts.md), and `last.ids` are the documents, each once for this block. Tokens of no document have
+                -1, or None in a list; what went through them is nobody's, and unexplained in the books.
 
         Raises:
             InrunError: ids of another number than the batch's examples, or of other types; no backward pass in the
-                block; gradients that changed since the last block.
+                block; gradients that changed since the last block. Of packed documents, also a unit whose output has no
+                dimension of time, or in which tokens see later ones of another document.
         """
         if not self._hooks:
             raise InrunError("the attributor is closed or detached: no batch can be valued any more.")
-        found = as_ids(ids)
+        packed = as_packed(ids)
+        found = as_ids(ids) if packed is None else packed.ids
+        if packed is not None:
+            self._refuse_packed()
         if self._id_type not in (None, type(found[0])):
             raise InrunError(f"ids were {self._id_type.__name__}s before and are {type(found[0]).__name__}s now.")
         if self._open:
@@ -241,7 +270,9 @@ class Attributor:
             self._problem, self._weights = None, {}
             if self._refresh == 1:
                 self._account.forget()  # a block before this one may have failed, and the weights been loaded anew
-        captured = Captured(len(found), Formed(len(found), self._names, self._pool))
+        examples = len(found) if packed is None else len(packed.documents)
+        by_token = packed is not None or self._token_values
+        captured = Captured(examples, Formed(examples, self._names, self._pool), packed=packed, by_token=by_token)
         try:
             with self._capture.batch(captured, lambda: self._look_ahead(captured)):
                 microbatch = Microbatch(found, captured)
@@ -261,6 +292,19 @@ class Attributor:
             self._spill(microbatch)
         self._pending.append(microbatch)
         self._received.keep()
+
+    def _refuse_packed(self) -> None:
+        """Raise InrunError if documents that are packed cannot have values under these settings."""
+        instead = "pack no documents, or give an id for every sequence"
+        if isinstance(self._account, Credit):
+            raise InrunError(f"momentum='credit' has no values of packed documents: {instead}.")
+        if self._permutations:
+            raise InrunError(f"audit_permutations= plays with whole examples, not with packed documents: {instead}.")
+        if self._kernel not in ("auto", "tangent"):
+            raise InrunError(
+                f"kernel={self._kernel!r} has no values of packed documents: only 'tangent' has, or 'auto', "
+                "which takes it for them."
+            )
 
     def plan(self) -> Plan:
         """Which kernel every unit has, and what a step's attribution costs beyond training and the targets' passes.
@@ -285,7 +329,7 @@ class Attributor:
 
     def _spill(self, microbatch: Microbatch) -> None:
         """Keep on disk what the step must have of this batch."""
-        size, examples = microbatch.captured.size(), len(microbatch.ids)
+        size, examples = microbatch.captured.size(), microbatch.captured.examples
         note = (
             f"what a step must keep of its batches' gradients is more than memory= allows ({gib(self._room)}): the "
             f"{gib(size)} of a batch of {examples} examples go to disk in {self._scratch.folder}. About "
@@ -327,6 +371,8 @@ class Attributor:
             raise InrunError("audit() looks at a step before it is taken: call it between the `batch` and its step().")
         if permutations < 2:
             raise InrunError(f"audit(permutations={permutations}): give two random orders or more.")
+        if any(microbatch.captured.packed is not None for microbatch in self._pending):
+            raise InrunError("audit() plays with whole examples, not with packed documents: give an id per sequence.")
         moves = self._moves()
         self._check_finite(moves, _Waiting(set()))
         valued = self._value(self.step + 1, moves, False, permutations, seed)
@@ -538,7 +584,9 @@ class Attributor:
             if self._ledger is not None:
                 values = {name: v.numpy() for name, v in done.values.items()}
                 try:
-                    self._ledger.book(done.step, done.ids, values, list(valued.rows.values()))
+                    parts = {t: {name: v.numpy() for name, v in of.items()} for t, of in done.by_module.items()}
+                    tokens = {t: [v.numpy() for v in of] for t, of in valued.tokens.items()}
+                    self._ledger.book(done.step, done.ids, values, list(valued.rows.values()), parts, tokens)
                 except InrunError as problem:  # of an earlier step's writing: this one is booked, and so are the next
                     problems.append(problem)
         if problems:

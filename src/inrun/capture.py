@@ -8,6 +8,7 @@ the inputs of the call until the step (inrun.captured). The model's own hooks te
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from inrun.kernels import Kernels
 from inrun.operations import tensors
 from inrun.probe import Found, Leaves, Probe, expanded
 from inrun.rows import Rows, Unknown
+from inrun.shortened import find_times, tokens_of
 from inrun.state import Before
 from inrun.tangent.fused import fused, is_convolution, parameter_gradients
 from inrun.tangent.ghost import Pair
@@ -99,7 +101,7 @@ class Capture:
         self._put_off.clear()
         self._made.clear()
         self._state.mode, self._state.each = "outside", torch.empty(captured.examples, device="cpu")
-        graphs = self._in_graphs and all(self._alone(unit.module) for unit in self._hooks)
+        graphs = self._in_graphs and all(self._alone(unit.module) for unit in self._hooks) and not captured.by_token
         try:
             with nullcontext() if graphs else uncompiled():
                 yield
@@ -110,6 +112,9 @@ class Capture:
                 hook.key.grad = None
         # a call whose outputs met no gradient adds nothing
         captured.calls = [call for call in captured.calls if any(g is not None for g in call.gradients)]
+        if captured.time is not None:
+            for call in captured.calls:
+                call.check_times(captured.examples, captured.time)
 
     def _before_model(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._open is None or aside():
@@ -146,6 +151,8 @@ class Capture:
             self._warn(found)
         if not found.moving:  # or a target would be met as it is before the forward by one kernel, after it by others
             self._before()
+        if self._open.by_token:
+            found = self._with_times(self._open, inputs, found)
         self._now, self._merges, self._calls_of = found, inputs.merges(found.carrying), {}
         for unit in self._hooks:
             if unit.module is model and not unit.closed_form:
@@ -168,6 +175,21 @@ class Capture:
             MixedExamplesWarning,
             stacklevel=2,
         )
+
+    def _with_times(self, captured: Captured, inputs: Inputs, found: Found) -> Found:
+        """Find where the tokens stand in the units' outputs, once for a structure of inputs."""
+        time = tokens_of(inputs, found.carrying, captured.packed)
+        if captured.time not in (None, time):
+            raise InrunError(
+                f"the model was called with sequences of {captured.time} and of {time} tokens in one `batch` block: "
+                "give each a block of its own."
+            )
+        captured.time = time
+        if found.times is None:
+            times = find_times(self._probe, inputs, found, captured.examples, time, captured.packed)
+            found = replace(found, times=times)
+            self._found[inputs.signature] = self._found[inputs.exact()] = found
+        return found
 
     def _lay_out(self) -> None:
         """Find the units that can be in a graph: one output, laid out in all calls the same, and a closed form."""
@@ -293,7 +315,8 @@ class Capture:
         if not torch.is_grad_enabled():
             return None
         if self._put_off.get(unit):
-            layouts = {self._now.rows.get((unit, k)) for k in self._put_off[unit]} if self._now is not None else set()
+            of = [] if self._now is None else [self._now.rows, self._now.times or {}]
+            layouts = {tuple(each.get((unit, k)) for each in of) for k in self._put_off[unit]}
             index = self._put_off[unit].pop()
             if len(layouts) > 1:
                 raise InrunError(
@@ -380,6 +403,8 @@ class Capture:
         nothing: list[Tensor | None] = [None] * len(leaves)
         call = Call(unit, args, kwargs, unit.module.training, self._cast_to(), before, versions, list(rows), nothing)
         call.late = kernel == "late"
+        if captured.by_token and self._now.times is not None:
+            call.times = self._now.times[unit, index]
         formed = kernel == "formed"
         for k, (leaf, found) in wholes.items():
             call.rows[k], leaves[k] = found, leaf

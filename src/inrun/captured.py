@@ -14,10 +14,12 @@ from inrun.errors import InrunError
 from inrun.formed import Formed
 from inrun.gradient import wide
 from inrun.operations import tensors
+from inrun.packed import Packed
 from inrun.rows import Rows
 from inrun.scratch import Kept, Scratch
 from inrun.state import Before
 from inrun.tangent.generic import in_mode
+from inrun.timeline import INSTEAD, Time
 from inrun.units import Unit
 
 
@@ -36,6 +38,7 @@ class Call:
     gradients: list[Tensor | None]
     spilled: bool = False
     late: bool = False  # its examples' gradients are formed at the step
+    times: tuple[Time | None, ...] = ()  # where the tokens stand in every output, if they are asked for
 
     @cached_property
     def gradient_norms(self) -> list[Tensor | None]:
@@ -75,6 +78,23 @@ class Call:
                     "buffer. Make it a buffer, or freeze the module (requires_grad_(False))."
                 ) from error
 
+    def check_times(self, examples: int, tokens: int) -> None:
+        """Raise InrunError if an output that the loss depends on does not have so many tokens in each example."""
+        for gradient, rows, time in zip(self.gradients, self.rows, self.times, strict=True):
+            if gradient is None or rows is None:
+                continue
+            if time is None:
+                raise InrunError(
+                    f"{self.unit.name}: its output of shape {tuple(gradient.shape)} has no dimension of time, so that "
+                    f"what goes through it belongs to no token. {INSTEAD}"
+                )
+            if not time.fits(gradient, rows, examples, tokens):
+                raise InrunError(
+                    f"{self.unit.name}: its output of shape {tuple(gradient.shape)} for {examples} examples of "
+                    f"{tokens} tokens is laid out otherwise than when the model was run to find out which dimension is "
+                    "time. A forward whose layout changes cannot be valued by token."
+                )
+
     def check_inputs(self) -> None:
         """Raise InrunError if an input was overwritten since the call: the values would be of other numbers."""
         for x, version in zip(tensors((self.args, self.kwargs)), self.versions, strict=True):
@@ -92,13 +112,25 @@ def check_version(unit: Unit, x: Tensor, version: int) -> None:
 
 @dataclass(eq=False)
 class Captured:
-    """What one `batch` block saw: the gradients that units formed, and the calls of others that one reached."""
+    """What one `batch` block saw: the gradients that units formed, and the calls of others that one reached.
+
+    `examples` are the model's, which may be sequences of `packed` documents. `by_token`: every token has a value; there
+    are `time` of them in an example, once the model was called.
+    """
 
     examples: int
     formed: Formed
     calls: list[Call] = field(default_factory=list)
     cast: bool = False  # a call was under autocast
+    packed: Packed | None = None
+    by_token: bool = False
+    time: int | None = None
     _spilled: tuple[Scratch, Kept] | None = None
+
+    @property
+    def valued(self) -> int:
+        """How many values there are: one for each document if they are packed, else for each example."""
+        return self.examples if self.packed is None else len(self.packed.ids)
 
     @property
     def spilled(self) -> bool:

@@ -25,9 +25,10 @@ from inrun.books import check_contributions
 from inrun.direction import Scheme, Watch, displacements
 from inrun.errors import InrunError, NonFiniteError
 from inrun.gradient import Received, wide
+from inrun.packed import Id
 from inrun.piece import Moves
 from inrun.scratch import Kept, Key, Scratch, gib, size_of
-from inrun.step import Id, Microbatch, Step
+from inrun.step import Microbatch, Step
 from inrun.target import Target
 from inrun.units import Units
 from inrun.update import Mix, Moved, SGDUpdate, Update

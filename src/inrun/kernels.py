@@ -115,7 +115,7 @@ class Kernels:
         shape = _shape(unit, captured, inputs[0], output) if plain else None
         pairs = [of.pairs.get(unit, []) for of in captured.formed.ahead or ()]
         rows = [sum(len(a) for a, _ in of) for of in pairs] if all(pairs) else []
-        how = self._how(unit, shape, rows) if fits else "tangent"
+        how = self._how(unit, shape, rows) if fits and not captured.by_token else "tangent"
         if how == "fused" and shape is not None and not self._at_once:
             self._used += shape.formed
         size = sum(x.nbytes for x in (*inputs, output) if isinstance(x, Tensor))

@@ -3,6 +3,7 @@
 The model is left as it was.
 """
 
+import warnings
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from inrun.operations import Operations, Reads, drawn, tensors
 from inrun.rows import Rows, Unknown, find_rows, shuffled, without_last
 from inrun.rows import same as same_rows
 from inrun.target import Evaluation
+from inrun.timeline import Time
 from inrun.units import Unit, Units
 
 Leaves = tuple[Rows | Unknown | None, ...]  # of an output; None: not a tensor
@@ -36,6 +38,7 @@ class Found:
     outputs: tuple[int | None, ...] = ()  # of the model's output, leaf by leaf the dimension that holds the examples
     mixed: str = ""  # where the examples of a batch were first seen to be mixed
     moving: bool = False  # the forward in train mode changes what the model holds besides its parameters
+    times: Mapping[tuple[Unit, int], tuple[Time | None, ...]] | None = None  # where its tokens stand in every output
 
     @property
     def merged(self) -> bool:
@@ -103,6 +106,11 @@ class Probe:
         outputs = _example_dims(plain.output, again.output, order)
         mixed = _mixed_output(plain.output, again.output, outputs, order)
         return Found(judge.rows, tuple(carrying), counted, outputs, mixed), judge.problems
+
+    def outputs(self, inputs: Inputs, carrying: Sequence[int], examples: int) -> dict[tuple[Unit, int], list[Any]]:
+        """What every unit puts out on these inputs in eval mode, by call."""
+        seen = self._run(inputs, list(carrying), torch.arange(examples)).seen
+        return {call: of.leaves for call, of in seen.items()}
 
     def _expandable(self, inputs: Inputs, order: Tensor, found: Found) -> tuple[Found, dict[Unit, InrunError]]:
         """The rows with which batchless outputs can be expanded and the model still computes the same; and the units of
@@ -177,7 +185,9 @@ class Probe:
         try:
             args, kwargs = inputs.reordered(carrying, order)
             evaluation = (self._as_it_is if train else self._evaluation)()
-            with evaluation as state, torch.no_grad(), recording.of(self._units.all):
+            told = warnings.catch_warnings()  # what a forward warns of without gradients is not the user's doing
+            with evaluation as state, torch.no_grad(), recording.of(self._units.all), told:
+                warnings.simplefilter("ignore")
                 with recording.operations:
                     recording.output = self._model(*args, **kwargs)
                 recording.moved = state.moved()

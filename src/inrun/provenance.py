@@ -26,7 +26,11 @@ def describe(
         "identity": {
             **{k: settings[k] for k in ("scheme", "nodes", "momentum")},
             **({"rule": settings["rule"]} if settings["rule"] != "midpoint" else {}),
-            **{k: settings[k] for k in ("refresh", "tolerance", "max_nodes") if k in settings},
+            **{
+                k: settings[k]
+                for k in ("refresh", "tolerance", "max_nodes", "modules", "token_values")
+                if k in settings
+            },
             "optimizer": kind,
             "targets": [t.name for t in targets],
         },

@@ -39,14 +39,19 @@ class Rows:
         entries = x.shape[self.dim]
         return entries % examples == 0 if self.merged else entries == examples
 
-    def per_example(self, x: Tensor, examples: int) -> Tensor:
-        """The tensor as [examples, everything else]."""
+    def split(self, x: Tensor, examples: int) -> Tensor:
+        """The tensor as [examples, entries of each that are merged with them, *other dimensions]."""
         if self.dim is None:
             raise AssertionError("a batchless tensor has no rows")
         x = x.movedim(self.dim, 0)
+        entries = x.shape[0] // examples
         if self.blocks:
-            return x.reshape(examples, -1)
-        return x.reshape(x.shape[0] // examples, examples, -1).transpose(0, 1).reshape(examples, -1)
+            return x.reshape(examples, entries, *x.shape[1:])
+        return x.reshape(entries, examples, *x.shape[1:]).transpose(0, 1)
+
+    def per_example(self, x: Tensor, examples: int) -> Tensor:
+        """The tensor as [examples, everything else]."""
+        return self.split(x, examples).reshape(examples, -1)
 
     def by_features(self, x: Tensor, examples: int, features: int = 1) -> Tensor:
         """The tensor as [examples, rows, features], whose last dimensions, so many of them, are the features'."""

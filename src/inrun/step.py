@@ -1,7 +1,7 @@
 """What goes into a step, the ids of its batches, and what comes out of it, their values."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from numbers import Integral
 from typing import Any
 
@@ -9,8 +9,7 @@ from torch import Tensor
 
 from inrun.captured import Captured
 from inrun.errors import InrunError
-
-Id = int | str
+from inrun.packed import Id
 
 
 @dataclass(frozen=True)
@@ -20,6 +19,17 @@ class Step:
     Positive helps: the example lowered the target's loss. `losses[target]` is the target's loss where its gradient was
     taken. `train_loss` is the sum of the losses that the step's batches reported, None if one did not. A step skipped
     for a non-finite number has no values.
+
+    Of packed documents, `ids` are the documents of every batch, in the order in which they first appear in it.
+
+    With `token_values=True`, `token_values[target]` is a float64 tensor [examples, time] in nats, whose sum over time
+    is the examples' values: what went through the output rows of token t of every unit, the sum over units of
+    <b_it, df(a_i)[q]_t> (design, 2.4). So it holds the part of later tokens' losses that goes through this token's
+    rows, and not the part of its own loss that goes through earlier tokens' rows, which is theirs. Of packed documents
+    the examples are the sequences; where batches differ in length, zeros follow the shorter ones.
+
+    With `by_module=`, `by_module[target]` has a float64 tensor like `values[target]` for every part of the model, which
+    add up to it.
     """
 
     step: int
@@ -28,6 +38,8 @@ class Step:
     losses: dict[str, float]
     train_loss: float | None = None
     skipped: bool = False
+    token_values: dict[str, Tensor] = field(default_factory=dict)
+    by_module: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
 
 @dataclass

@@ -133,7 +133,7 @@ class Target:
                 [(g * v).sum().double() for g, v in zip(gradients, back.values(), strict=True) if g is not None]
             ).sum()
             try:
-                _check_twice_differentiable(along)
+                check_twice_differentiable(along)
                 turns = _derivatives(along, parameters)
             except RuntimeError as error:
                 if "not implemented" not in str(error):
@@ -173,7 +173,7 @@ class Target:
         return loss.reshape(())
 
 
-def _check_twice_differentiable(x: Tensor) -> None:
+def check_twice_differentiable(x: Tensor) -> None:
     """Raise RuntimeError for a backward pass marked as once differentiable, which autograd.grad leaves out unsaid."""
     seen, to_see = set(), [x.grad_fn]
     while to_see:

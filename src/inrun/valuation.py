@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from inrun.books import Audit, check_conservation, losses_without_data
 from inrun.captured import Captured
@@ -14,8 +15,10 @@ from inrun.errors import InrunError, NonFiniteError
 from inrun.formed import Ahead
 from inrun.game import Game, play
 from inrun.gradient import BY_VALUE, Received
+from inrun.packed import Id
+from inrun.parts import Parts
 from inrun.piece import Moves
-from inrun.step import Id, Microbatch, Step
+from inrun.step import Microbatch, Step
 from inrun.tangent.contraction import contract
 from inrun.tangent.per_example import per_example_gradients
 from inrun.target import Target
@@ -30,6 +33,7 @@ class Valued:
     rows: dict[str, dict[str, Any]] = field(default_factory=dict)
     losses: dict[str, list[float]] = field(default_factory=dict)  # before, after momentum, at w + D(0); if audited
     games: dict[str, Game] = field(default_factory=dict)
+    tokens: dict[str, list[Tensor]] = field(default_factory=dict)  # by id, of each the values of its own tokens
 
 
 def train_loss(pending: Sequence[Microbatch]) -> float | None:
@@ -68,11 +72,26 @@ def made_anew(pending: Sequence[Microbatch]) -> tuple[dict[nn.Parameter, Tensor]
     return whole, sizes
 
 
+def _in_one(parts: Sequence[Tensor | None]) -> Tensor:
+    """The tokens' values of a step's batches, [targets, examples, time], with zeros after shorter sequences."""
+    found = [part.cpu() for part in parts if part is not None]
+    longest = max(part.shape[-1] for part in found)
+    return torch.cat([pad(part, (0, longest - part.shape[-1])) for part in found], dim=1)
+
+
 class Account:
     """The value of an example is its effect in the step that used it; old momentum has an account of its own."""
 
-    def __init__(self, targets: Sequence[Target], scheme: Scheme, units: Units) -> None:
+    def __init__(
+        self,
+        targets: Sequence[Target],
+        scheme: Scheme,
+        units: Units,
+        parts: Parts | None = None,
+        token_values: bool = False,
+    ) -> None:
         self._targets, self._scheme, self._units = targets, scheme, units
+        self._parts, self._token_values = parts or Parts(), token_values
 
     def ahead(self, step: int, watch: Watch) -> list[Ahead] | None:
         """What every example's gradient of the step can be contracted with as soon as it is formed, by target."""
@@ -106,8 +125,13 @@ class Account:
         scales = received.scales(moves, None if paid_at_once else lambda: made_anew(pending))
         batches, directions = [microbatch.captured for microbatch in pending], list(found.values())
         paid = self._paid(batches, moves, scales)
-        through = contract(batches, directions, scales, paid, received, self._units.group_of, len(self._units.groups))
+        through = contract(
+            batches, directions, scales, paid, received, self._units.group_of, len(self._units.groups), self._parts.of
+        )
         values = through.values.cpu()
+        tokens = _in_one([block.tokens for block in through.blocks]) if self._token_values else None
+        by_id = [block.by_id() for block in through.blocks] if self._token_values else []
+        parts = None if through.by_module is None else through.by_module.cpu()
         for k, (name, direction) in enumerate(found.items()):
             if not bool(values[k].isfinite().all()):
                 raise NonFiniteError(f"a value for target {name!r} is not finite")
@@ -117,6 +141,11 @@ class Account:
             )
             conservation = check_conservation(self._units.groups, seen, size, expected, lengths, rounding, where)
             valued.step.values[name], valued.step.losses[name] = values[k], direction.loss
+            if tokens is not None:
+                valued.step.token_values[name] = tokens[k]
+                valued.tokens[name] = [one[k] for block in by_id for one in block]
+            if parts is not None:
+                valued.step.by_module[name] = dict(zip(self._parts.names, parts[k], strict=True))
             valued.rows[name] = {
                 "loss": direction.loss,
                 "value": float(values[k].sum()),

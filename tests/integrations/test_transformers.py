@@ -87,6 +87,22 @@ def test_a_trainers_values_are_those_of_the_plain_loop(tmp_path: Path) -> None:
             torch.testing.assert_close(attributor.last.values["t"], values["t"], rtol=1e-4, atol=1e-8)
 
 
+def test_packed_documents_have_an_id_for_every_token(tmp_path: Path) -> None:
+    """As lists and as tensors; two documents in every example, one of which is in the next example, too."""
+    data = Texts(8, ids=False)
+    for k, row in enumerate(data.rows):
+        row["input_ids"] = torch.cat([row["input_ids"], row["input_ids"]])[:8]
+        ids = [k] * 3 + [k + 1] * 5
+        row["id"] = torch.tensor(ids) if k % 2 else ids
+    trainer = trainer_of(tmp_path / "trainer", data, max_steps=2)
+    attach(trainer, {"t": Texts(3, seed=7, ids=False)}, ledger=tmp_path / "run")
+    trainer.train()
+    ledger = Ledger(tmp_path / "run")
+    values = ledger.values("t")
+    assert sorted(values["id"]) == list(range(9))
+    assert values["value"].sum() == pytest.approx(ledger.steps("t")["value"].sum(), rel=1e-9)
+
+
 def test_a_resumed_trainer_has_the_same_ledger(tmp_path: Path) -> None:
     target = Collate(pad=0)(Texts(3, seed=7, ids=False).rows)
     whole = trainer_of(tmp_path / "a", Texts(20))

@@ -16,7 +16,7 @@ class Texts(Dataset[dict[str, Any]]):
 
     def __init__(self, n: int, seed: int = 0, ids: bool = True) -> None:
         generator = torch.Generator().manual_seed(seed)
-        self.rows = [
+        self.rows: list[dict[str, Any]] = [
             {"input_ids": torch.randint(0, VOCABULARY, (5 + k % 4,), generator=generator), "note": "more"}
             for k in range(n)
         ]

@@ -39,7 +39,9 @@ class Killer:
         return change
 
 
-def kill_everywhere(tmp_path: Path, prepare: Callable[[LedgerWriter], None], act: str, checkpoint: int) -> int:
+def kill_everywhere(
+    tmp_path: Path, prepare: Callable[[LedgerWriter], None], act: str, checkpoint: int, parts: bool
+) -> int:
     """Kill `act` at each change to the disk, then resume at `checkpoint`; returns the number of kills."""
     for moment in range(1000):
         folder = tmp_path / str(moment)
@@ -58,30 +60,33 @@ def kill_everywhere(tmp_path: Path, prepare: Callable[[LedgerWriter], None], act
         assert reached == set(range(1, len(reached) + 1)), "a hole in the run"
         assert set(found) >= {row for step in range(1, checkpoint + 1) for row in rows_of(step)}
         with LedgerWriter(folder, RUN, resume=True) as resumed:
-            assert not [name for kind in ("values", "steps") for name in names(folder, kind) if name[0] == "."]
+            kinds = ("values", "steps", *(("modules", "token_values") if parts else ()))
+            assert not [name for kind in kinds for name in names(folder, kind) if name[0] == "."]
             resumed.cut(checkpoint)
-            assert_holds(folder, checkpoint)
-            book(resumed, *range(checkpoint + 1, 13))
-        assert_holds(folder, 12)
+            assert_holds(folder, checkpoint, parts)
+            book(resumed, *range(checkpoint + 1, 13), parts=parts)
+        assert_holds(folder, 12, parts)
     raise AssertionError("it never ended")
 
 
-def test_a_kill_at_any_point_of_a_flush(tmp_path: Path) -> None:
+@pytest.mark.parametrize("parts", [False, True])
+def test_a_kill_at_any_point_of_a_flush(tmp_path: Path, parts: bool) -> None:
     def prepare(writer: LedgerWriter) -> None:
-        book(writer, 1, 2, 3, 4)
+        book(writer, 1, 2, 3, 4, parts=parts)
         writer.flush()
-        book(writer, 5, 6, 7)
+        book(writer, 5, 6, 7, parts=parts)
 
-    assert kill_everywhere(tmp_path, prepare, "flush", 4) >= 6
+    assert kill_everywhere(tmp_path, prepare, "flush", 4, parts) >= (12 if parts else 6)
 
 
-def test_a_kill_at_any_point_of_a_cut(tmp_path: Path) -> None:
+@pytest.mark.parametrize("parts", [False, True])
+def test_a_kill_at_any_point_of_a_cut(tmp_path: Path, parts: bool) -> None:
     def prepare(writer: LedgerWriter) -> None:
         for steps in (range(1, 4), range(4, 10), range(10, 12), range(12, 13)):
-            book(writer, *steps)
+            book(writer, *steps, parts=parts)
             writer.flush()
 
-    assert kill_everywhere(tmp_path, prepare, "cut", 6) >= 12
+    assert kill_everywhere(tmp_path, prepare, "cut", 6, parts) >= (24 if parts else 12)
 
 
 CHILD = """

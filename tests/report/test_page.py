@@ -347,3 +347,45 @@ def test_a_page_never_takes_the_place_of_a_device(tmp_path: Path) -> None:
     with pytest.raises(ReportError, match=r"pipe: it is there and not a plain file"):
         write_report(write_ledger(tmp_path / "run"), tmp_path / "pipe")
     assert (tmp_path / "pipe").is_fifo()
+
+
+def test_tokens_are_shaded_by_their_values(tmp_path: Path) -> None:
+    """For each target by its own values; the text escaped; plain text where tokens, values or their counts lack."""
+    with LedgerWriter(tmp_path, {**RUN, "targets": ["math", "code"]}) as writer:
+        writer.book(
+            1,
+            ["a", "b", "c"],
+            {"math": np.array([3.0, -1.0, 0.5]), "code": np.array([-3.0, 1.0, 0.5])},
+            [{"target": "math"}, {"target": "code"}],
+            {},
+            {
+                "math": [np.array([4.0, -1.0, 0.0]), np.array([-1.0]), np.array([0.25, 0.25])],
+                "code": [np.array([-4.0, 1.0, 0.0]), np.array([1.0]), np.array([0.25, 0.25])],
+            },
+        )
+    frame = {"id": ["a", "b", "c"], "text": ["whole a", "whole b", "whole c"]}
+    texts = [["x ", EVIL, None], ["of", "two"], None]
+    write_examples(tmp_path, pl.DataFrame(frame | {"token_texts": pl.Series(texts, dtype=pl.List(pl.String))}))
+    shown = Page(write_report(tmp_path))
+    tokens = [a for tag, a in shown.tags if tag == "span" and (a.get("class") or "").startswith("token ")]
+    for_math = [("token plus", "--share: 60%", "+4.00 nats"), ("token minus", "--share: 15%", "-1.00 nats")]
+    for_code = [("token minus", "--share: 60%", "-4.00 nats"), ("token plus", "--share: 15%", "+1.00 nats")]
+    nothing = ("token plus", "--share: 0%", "0 nats")
+    assert [(a["class"], a["style"], a["title"]) for a in tokens] == [*for_math, nothing, *for_code, nothing]
+    assert html.escape(EVIL.split("\x1b")[0]) in shown.source
+    assert shown.text.count("whole b") == 2  # for each target
+    assert shown.text.count("whole a") == shown.text.count("whole c") == 1  # for all together
+    assert "shaded by theirs" in shown.text
+
+
+def test_a_long_example_shows_its_first_tokens(tmp_path: Path) -> None:
+    n = page.MOST_TOKENS + 5
+    with LedgerWriter(tmp_path, {**RUN, "targets": ["math"]}) as writer:
+        tokens = {"math": [np.linspace(-1, 2, n)]}
+        writer.book(1, [3], {"math": np.array([1.0])}, [{"target": "math"}], {}, tokens)
+    texts = pl.Series([[f"t{k} " for k in range(n)]])
+    write_examples(tmp_path, pl.DataFrame({"id": [3], "token_texts": texts}))
+    source = page.render(Ledger(tmp_path), "run")
+    assert f">t{page.MOST_TOKENS - 1} </span>" in source
+    assert f">t{page.MOST_TOKENS} </span>" not in source
+    assert ">…</span>" in source

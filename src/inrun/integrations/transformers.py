@@ -47,7 +47,9 @@ def attach(
     """Value every training example of a Trainer's run. Call it before `trainer.train()`.
 
     Args:
-        trainer: any Trainer on one process whose training examples have an id in `id_column` (ints or strings).
+        trainer: any Trainer on one process whose training examples have an id in `id_column` (ints or strings), or of
+            packed documents a list of ids, one for every token. (Such examples must have one length: how a collator
+            pads them, it does not say.)
         targets: name -> what `inrun.Attributor` takes, or a dataset, batched by the trainer's own collator at its
             evaluation batch size and used in rotation.
         ledger: the folder for the values. It is flushed before every checkpoint of the trainer.
@@ -187,7 +189,7 @@ class _CollateIds:
             )
         ids = [example[column] for example in examples]
         batch = self._collate([{k: v for k, v in example.items() if k != column} for example in examples])
-        batch[column] = [i.item() if isinstance(i, Tensor) else i for i in ids]
+        batch[column] = [i.tolist() if isinstance(i, Tensor) else i for i in ids]
         return batch
 
 

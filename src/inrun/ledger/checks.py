@@ -2,7 +2,7 @@
 
 import operator
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import polars as pl
@@ -12,6 +12,14 @@ from inrun.ledger.schema import STEPS_SCHEMA, LedgerError
 Floats = np.ndarray[Any, np.dtype[np.float64]]
 GivenIds = Sequence[int | str] | np.ndarray[Any, Any]
 Ids = np.ndarray[Any, np.dtype[np.int64]] | list[str]
+
+
+class TokenValues(NamedTuple):
+    """A step's values by token, one id after another, and how many tokens each has."""
+
+    values: Floats  # [targets, tokens of all ids]
+    counts: np.ndarray[Any, np.dtype[np.int64]]  # [ids]
+
 
 _INT64_MIN, _INT64_MAX = -(2**63), 2**63 - 1
 
@@ -68,6 +76,45 @@ def check_values(step: int, ids: Ids, values: Mapping[str, np.ndarray[Any, Any]]
             f"{values_PB[row, at]}; book such a step as skipped, without values."
         )
     return values_PB
+
+
+def check_by_module(
+    step: int, ids: Ids, targets: Iterable[str], given: Mapping[str, Mapping[str, np.ndarray[Any, Any]]]
+) -> dict[str, Floats]:
+    """A copy of the values by module, [targets, ids] each. Raises LedgerError as `check_values`, and where the targets
+    do not have the same modules.
+    """
+    modules = list(next(iter(given.values()), {}))
+    listed = list(targets)
+    if given and any(list(given.get(target, {})) != modules for target in listed):
+        raise LedgerError(
+            f"step {step}: by_module has other modules for one target than for another; give all of each."
+        )
+    for module in modules:
+        if not isinstance(module, str) or not is_unicode(module):
+            raise LedgerError(f"step {step}: a module is named {module!r}; give a string.")
+    return {module: check_values(step, ids, {target: given[target][module] for target in listed}) for module in modules}
+
+
+def check_token_values(
+    step: int, ids: Ids, targets: Iterable[str], given: Mapping[str, Sequence[np.ndarray[Any, Any]]]
+) -> TokenValues | None:
+    """A copy of the values by token; None where there are none. Raises LedgerError where a target lacks an id's, where
+    they are not one list of numbers, or of another length for another target.
+    """
+    if not given:
+        return None
+    of = [[np.asarray(one, dtype=np.float64) for one in given.get(target, ())] for target in targets]
+    counts = [[one.size if one.ndim == 1 else 0 for one in row] for row in of]
+    if any(len(row) != len(ids) or 0 in row or row != counts[0] for row in counts):
+        raise LedgerError(
+            f"step {step}: token_values must have for every target and id a list of numbers, one or more and as many "
+            "for one target as for another."
+        )
+    values = np.stack([np.concatenate(row) if row else np.empty(0) for row in of]) if of else np.empty((0, 0))
+    if not np.isfinite(values).all():
+        raise LedgerError(f"step {step}: a token's value is not finite; book such a step as skipped, without values.")
+    return TokenValues(values, np.array(counts[0] if counts else [], dtype=np.int64))
 
 
 def check_step_row(step: int, examples: int, given: Mapping[str, Any]) -> tuple[Any, ...]:

@@ -6,22 +6,29 @@ while it is written.
 """
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import polars as pl
 
+from inrun.ledger.checks import Floats
 from inrun.ledger.schema import (
     EXAMPLES,
+    KINDS,
+    MODULES,
     STEPS,
     STEPS_SCHEMA,
+    TOKENS,
     UNREADABLE,
     VALUES,
     LedgerError,
     corrupt,
+    id_type_in,
     id_type_of,
     list_parts,
+    modules_schema,
     read_run,
     scan,
     scan_steps,
@@ -40,6 +47,7 @@ _TAKEN = (
     "bin",
     "first_step",
     "last_step",
+    "module",
 )
 
 
@@ -92,6 +100,42 @@ class Ledger:
         """One row per step and target, sorted so, with the columns of steps/ (`inrun.ledger.schema`)."""
         steps = self._of_target(self._scan_steps(), target)
         return self._collect(steps.sort("step", "target"))
+
+    def modules(self, target: str | None = None, by: str | None = None) -> pl.DataFrame:
+        """One row per example and module (and target, where None is given), the most helpful first: what of its value
+        came through the module. They add up to the values.
+
+        Columns: id, [target,] module, value (sum over its uses). With `by`, a column of the examples table, one row
+        per group and module, with the group in place of the id. Empty where the run kept no values by module.
+        """
+        groups = None if by is None else self._groups(by)
+        paths = [part.path for part in list_parts(self.folder, MODULES)]
+        id_type = id_type_in(self.scan().collect_schema())
+        rows = scan(paths) if paths else pl.LazyFrame(schema=modules_schema(id_type))
+        keys = ["id" if by is None else by, *(["target"] if target is None else []), "module"]
+        rows = self._of_target(rows, target)
+        if groups is not None:
+            rows = rows.join(groups, on="id", how="left")
+        totals = rows.group_by(keys).agg(pl.col("value").sum())
+        return self._collect(totals.sort("value", *keys, descending=[True] + [False] * len(keys)))
+
+    def token_values(self, id: int | str, target: str) -> Floats | None:
+        """The example's values by token: float64 [tokens], in nats, the sum over its uses.
+
+        None where the run kept none of it, or where its uses had different numbers of tokens.
+        """
+        return self.values_by_token([id], target).get(id)
+
+    def values_by_token(self, ids: Iterable[int | str], target: str) -> dict[int | str, Floats]:
+        """`token_values` of several examples, of those that have some."""
+        paths, wanted = [part.path for part in list_parts(self.folder, TOKENS)], list(ids)
+        if not paths or not wanted:
+            return {}
+        rows = self._of_target(scan(paths), target).filter(pl.col("id").is_in(wanted))
+        found: dict[int | str, list[Floats]] = {}
+        for one, values in self._collect(rows.sort("step").select("id", "token_values")).iter_rows():
+            found.setdefault(one, []).append(np.array(values))
+        return {one: np.sum(uses, axis=0) for one, uses in found.items() if len({len(use) for use in uses}) == 1}
 
     def examples(self) -> pl.LazyFrame | None:
         """The examples table, lazily: id and the user's columns; None where none was written.
@@ -253,7 +297,7 @@ class Ledger:
 
     def _blame(self, error: BaseException) -> LedgerError:
         """Find the file that cannot be read: polars does not always name it."""
-        paths = [part.path for kind in (VALUES, STEPS) for part in list_parts(self.folder, kind)]
+        paths = [part.path for kind in KINDS for part in list_parts(self.folder, kind)]
         for path in [*paths, self.folder / EXAMPLES]:
             try:
                 for _ in scan(path).collect_batches() if path.exists() else ():

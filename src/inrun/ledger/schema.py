@@ -3,6 +3,8 @@
     run.json           what ran, and "format"
     values/*.parquet   one row per use of an example in a step and target
     steps/*.parquet    one row per step and target
+    modules/*.parquet  where values by module are asked for: the rows of values/ in parts, with the module of each
+    token_values/*.parquet  where values by token are: the rows of values/ with a list of one value per token
     examples.parquet   optional: id and the user's columns
 
 A part is named FIRST-LAST-rRANK.parquet by its steps, so that names sort by step, and is only ever replaced
@@ -22,6 +24,10 @@ FORMAT = 1
 RUN = "run.json"
 VALUES = "values"
 STEPS = "steps"
+MODULES = "modules"
+TOKENS = "token_values"
+IF_ASKED_FOR = (MODULES, TOKENS)  # their folders are made with their first part
+KINDS = (VALUES, STEPS, *IF_ASKED_FOR)
 EXAMPLES = "examples.parquet"
 
 STEPS_SCHEMA: dict[str, type[pl.DataType]] = {
@@ -69,9 +75,24 @@ class Part(NamedTuple):
     rank: int
 
 
+def id_type_in(schema: pl.Schema) -> type[pl.DataType]:
+    """Int64 or String, as the column of the ids is."""
+    return pl.Int64 if schema["id"] == pl.Int64 else pl.String
+
+
 def values_schema(id_type: type[pl.DataType]) -> dict[str, type[pl.DataType]]:
     """Columns of values/. `id_type`: Int64 or String, one per run; `value` in nats, positive = helped."""
     return {"step": pl.Int64, "id": id_type, "target": pl.String, "value": pl.Float64}
+
+
+def modules_schema(id_type: type[pl.DataType]) -> dict[str, type[pl.DataType]]:
+    """Columns of modules/: those of values/, and the name of the part that the value came through."""
+    return {"step": pl.Int64, "id": id_type, "target": pl.String, "module": pl.String, "value": pl.Float64}
+
+
+def tokens_schema(id_type: type[pl.DataType]) -> dict[str, type[pl.DataType] | pl.DataType]:
+    """Columns of token_values/: those of values/, with a list of nats, one for each of the example's tokens."""
+    return {"step": pl.Int64, "id": id_type, "target": pl.String, "token_values": pl.List(pl.Float64)}
 
 
 def part_name(first: int, last: int, rank: int) -> str:
@@ -80,7 +101,7 @@ def part_name(first: int, last: int, rank: int) -> str:
 
 
 def list_parts(folder: Path, kind: str) -> list[Part]:
-    """The parts of `kind` ("values" or "steps"), sorted by step and rank; empty when there are none."""
+    """The parts of `kind` (one of KINDS), sorted by step and rank; empty when there are none."""
     found = []
     if (folder / kind).is_dir():
         for path in (folder / kind).iterdir():

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any, Self
 
 import numpy as np
@@ -21,10 +21,19 @@ import polars as pl
 
 from inrun.ledger.background import Background
 from inrun.ledger.batch import Batch, Booked, batch_of
-from inrun.ledger.checks import GivenIds, check_ids, check_step_row, check_targets, check_values
+from inrun.ledger.checks import (
+    GivenIds,
+    check_by_module,
+    check_ids,
+    check_step_row,
+    check_targets,
+    check_token_values,
+    check_values,
+)
 from inrun.ledger.files import list_temps, parquet, sync_folder, write_whole
 from inrun.ledger.schema import (
     FORMAT,
+    KINDS,
     RUN,
     STEPS,
     UNREADABLE,
@@ -97,7 +106,8 @@ class LedgerWriter:
         try:
             for place in (folder, folder / VALUES, folder / STEPS):
                 place.mkdir(parents=True, exist_ok=True)
-                for path, rank in list_temps(place):
+            for place in (folder, *(folder / kind for kind in KINDS)):
+                for path, rank in list_temps(place) if place.exists() else ():
                     if self._mine(rank):
                         path.unlink(missing_ok=True)
             if not stored and self._rank == 0:
@@ -129,13 +139,16 @@ class LedgerWriter:
         ids: GivenIds,
         values: Mapping[str, np.ndarray[Any, Any]],
         steps: Sequence[Mapping[str, Any]],
+        by_module: Mapping[str, Mapping[str, np.ndarray[Any, Any]]] = MappingProxyType({}),
+        token_values: Mapping[str, Sequence[np.ndarray[Any, Any]]] = MappingProxyType({}),
     ) -> None:
         """Book one step: checked and copied here, written later and elsewhere.
 
         `values` maps a target to its values, in nats of target loss, positive = helped, in the order of
         `ids`; the same id twice makes two rows. `steps` has one mapping per target, with columns of steps/:
         `target` is needed; `step`, `examples` and `skipped` are by default this step, the number of ids and
-        False, any other null.
+        False, any other null. `by_module` maps every target to its values by module, `token_values` to one
+        array per id, of any length; without them, there are no such rows.
 
         Raises LedgerError before anything is buffered where an argument is wrong; and where a part of earlier
         steps could not be written, once for each try: this step is booked then all the same, in memory. Free
@@ -152,12 +165,14 @@ class LedgerWriter:
         rows = [check_step_row(step, len(listed), row) for row in steps]
         check_targets(step, values, [row[1] for row in rows])
         checked = check_values(step, listed, values)
+        parts = check_by_module(step, listed, values, by_module)
+        tokens = check_token_values(step, listed, values, token_values)
         if checked.size:
             self._id_type = id_type
         if checked.size or rows:
-            booked = Booked(step, listed, list(values), checked, rows)
+            booked = Booked(step, listed, list(values), checked, rows, parts, tokens)
             self._buffer.append(booked)
-            self._rows += checked.size
+            self._rows += booked.value_rows
             self._size += booked.size
         self._last = step
         # By half of the memory at the latest, so that one half is written while the other fills.
@@ -216,7 +231,7 @@ class LedgerWriter:
         return rank == self._rank or (self._rank == 0 and rank >= self._ranks)
 
     def _parts(self) -> list[Part]:
-        return [part for kind in (VALUES, STEPS) for part in list_parts(self._folder, kind) if self._mine(part.rank)]
+        return [part for kind in KINDS for part in list_parts(self._folder, kind) if self._mine(part.rank)]
 
     def _check_step(self, step: int) -> int:
         if self._closed:

@@ -24,6 +24,7 @@ __all__ = [
 ]
 
 TEXT_COLUMNS = ("preview", "text")
+TOKENS_COLUMN = "token_texts"
 FAVOURITE_GROUPS = ("domain", "source")
 MOST_GROUPS = 50
 
@@ -91,6 +92,12 @@ def text_column(ledger: Ledger) -> str | None:
         return None
     schema = examples.collect_schema()
     return next((name for name in TEXT_COLUMNS if schema.get(name) == pl.String), None)
+
+
+def has_token_texts(ledger: Ledger) -> bool:
+    """Whether the examples table has the texts of the examples' tokens: a column "token_texts", lists of strings."""
+    examples = ledger.examples()
+    return examples is not None and examples.collect_schema().get(TOKENS_COLUMN) == pl.List(pl.String)
 
 
 def group_order(names: Sequence[object], totals: Sequence[float], targets: Sequence[str]) -> list[int]:

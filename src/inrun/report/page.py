@@ -8,21 +8,34 @@ import base64
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import metadata, resources
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import polars as pl
 from jinja2 import Environment, StrictUndefined
 from plotly.graph_objects import Figure
 from plotly.offline import get_plotlyjs
 
 from inrun.ledger import Ledger
-from inrun.report import ReportError, figures, group_columns, one_line, printable, ranked, text_column
+from inrun.ledger.checks import Floats
+from inrun.report import (
+    TOKENS_COLUMN,
+    ReportError,
+    figures,
+    group_columns,
+    has_token_texts,
+    one_line,
+    printable,
+    ranked,
+    text_column,
+)
 
 BEST = 10
 TEXT_LENGTH, TEXT_LINES = 360, 8
+MOST_TOKENS = 256
 ALL = "all targets together"
 
 
@@ -74,6 +87,7 @@ def render(ledger: Ledger, name: str, group: str | None = None) -> str:
         **_by_group(ledger, chosen, targets),
         tables=_examples(ledger, chosen, {row["target"]: row["examples"] for row in summary}),
         text=text_column(ledger),
+        token_texts=has_token_texts(ledger),
         books=books(steps),
     )
 
@@ -192,16 +206,22 @@ def _examples(ledger: Ledger, group: str | None, counts: Mapping[str, int]) -> l
 
     `counts` is the number of examples per target; no example is shown as best and as worst, if there are two.
     """
-    text = text_column(ledger)
+    text, shaded = text_column(ledger), has_token_texts(ledger)
     choices: list[tuple[str, str | None]] = [(target, target) for target, count in counts.items() if count]
     if len(choices) > 1:
         choices.append((ALL, None))
     tables = []
     n = min(BEST, max(max(counts.values(), default=0) // 2, 1))
     for title, target in choices:
+        frames = [ranked(ledger, n, target), ranked(ledger, n, target, worst=True)]
+        ids = {i for frame in frames for i in frame["id"]} if shaded and target is not None else set()
+        of_tokens = ledger.values_by_token(ids, target or "")
         best, worst = (
-            [_example(row, group, text) for row in frame.iter_rows(named=True)]
-            for frame in (ranked(ledger, n, target), ranked(ledger, n, target, worst=True))
+            [
+                _example(row, group, text) | {"tokens": _shaded(row.get(TOKENS_COLUMN), of_tokens.get(row["id"]))}
+                for row in frame.iter_rows(named=True)
+            ]
+            for frame in frames
         )
         tables.append({"target": title, "best": best, "worst": worst, "hurt": worst[0]["value"] < 0})
     return tables
@@ -215,6 +235,20 @@ def _example(row: Mapping[str, Any], group: str | None, text: str | None) -> dic
         "group": None if group is None or row[group] is None else one_line(row[group], 40),
         "text": None if text is None or row[text] is None else excerpt(row[text]),
     }
+
+
+def _shaded(texts: Sequence[str | None] | None, values: Floats | None) -> list[dict[str, Any]] | None:
+    """The example's tokens with their values, and those as shares of the largest; None where one of them is lacking."""
+    if texts is None or values is None or len(texts) != len(values):
+        return None
+    largest = float(np.abs(values).max()) or 1.0
+    shown = [
+        {"text": printable(token or ""), "value": float(value), "share": abs(float(value)) / largest}
+        for token, value in zip(texts[:MOST_TOKENS], values, strict=False)
+    ]
+    if len(texts) > MOST_TOKENS:
+        shown.append({"text": "…", "value": 0.0, "share": 0.0})
+    return shown
 
 
 def excerpt(text: str) -> str:

@@ -6,9 +6,10 @@ all units add up to <g_i, q>, those of shared parameters included, since q is th
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ from inrun.tangent.fused import formed_late
 from inrun.tangent.generic import NoForwardModeError
 from inrun.tangent.per_example import pull_back_each
 from inrun.tangent.rules import tangent
+from inrun.tangent.twice import by_double_backward
 
 _Targets = slice | Sequence[int]  # a slice, if it is all of them, costs less
 _ALL = slice(None)
@@ -29,10 +31,38 @@ _FINE = torch.finfo(torch.float32)
 
 
 @dataclass
+class Block:
+    """A batch of the step, and where its values stand among the step's. `tokens` are the parts that came through every
+    token, float64 [targets, examples, time] in nats, if the batch is valued by token.
+    """
+
+    captured: Captured
+    place: slice
+    tokens: Tensor | None
+
+    def by_id(self) -> list[Tensor]:
+        """Of every value its tokens, [targets, tokens]."""
+        if self.tokens is None:
+            return []
+        tokens, packed = self.tokens.cpu(), self.captured.packed
+        return list(tokens.unbind(dim=1)) if packed is None else packed.of_each(tokens)
+
+    def of_values(self, shares: Tensor) -> Tensor:
+        """What of shares by example, or by example and token, is whose value."""
+        if self.tokens is None:
+            return shares
+        packed = self.captured.packed
+        return shares.sum(dim=-1) if packed is None else packed.per_document(shares)
+
+
+@dataclass
 class Contracted:
-    """phi_i by target, float64 [targets, examples], in nats. For the books, by target and group of units, [targets,
-    groups]: what came through the group and the size of its parts, zero if nothing did; <G, q>, which it should be, and
-    |G| |q|; and, where half precision was used, what one rounding of every number may change.
+    """phi_i by target, float64 [targets, values], in nats: of examples, or of packed documents. The same by `blocks`
+    for tokens, and, if it is asked for, in parts by module, [targets, modules, values].
+
+    For the books, by target and group of units, [targets, groups]: what came through the group and the size of its
+    parts, zero if nothing did; <G, q>, which it should be, and |G| |q|; and, where half precision was used, what one
+    rounding of every number may change.
     """
 
     values: Tensor
@@ -41,19 +71,37 @@ class Contracted:
     expected: Tensor
     lengths: Tensor
     rounding: Tensor
+    by_module: Tensor | None
+    blocks: list[Block]
 
     @classmethod
-    def nothing(cls, targets: int, examples: int, groups: int, device: torch.device) -> "Contracted":
-        def zeros(n: int) -> Tensor:
-            return torch.zeros(targets, n, dtype=torch.float64, device=device)
+    def nothing(
+        cls, targets: int, batches: Sequence[Captured], groups: int, modules: int, device: torch.device
+    ) -> "Contracted":
+        def zeros(*n: int) -> Tensor:
+            return torch.zeros(targets, *n, dtype=torch.float64, device=device)
 
-        return cls(zeros(examples), *(zeros(groups) for _ in range(5)))
+        ends = list(accumulate((batch.valued for batch in batches), initial=0))
+        blocks = [
+            Block(batch, slice(begin, end), zeros(batch.examples, batch.time or 1) if batch.by_token else None)
+            for batch, (begin, end) in zip(batches, pairwise(ends), strict=True)
+        ]
+        parts = zeros(modules, ends[-1]) if modules else None
+        seen, size, expected, lengths, rounding = (zeros(groups) for _ in range(5))
+        return cls(zeros(ends[-1]), seen, size, expected, lengths, rounding, parts, blocks)
 
-    def add(self, shares: Tensor, size: Tensor, group: int, examples: slice, targets: _Targets) -> None:
-        """The shares of some examples, [targets, examples], that came through a group."""
-        self.values[targets, examples] += shares
-        self.seen[targets, group] += shares.sum(dim=-1)
+    def add(self, shares: Tensor, size: Tensor, group: int, module: int, block: Block, targets: _Targets) -> None:
+        """The shares of a block's examples, [targets, examples], or of their tokens, [targets, examples, time], that
+        came through a group, and through a module of it.
+        """
+        self.seen[targets, group] += shares.flatten(1).sum(dim=-1)
         self.size[targets, group] += size
+        if block.tokens is not None:
+            block.tokens[targets] += shares
+        shares = block.of_values(shares)
+        self.values[targets, block.place] += shares
+        if self.by_module is not None:
+            self.by_module[targets, module, block.place] += shares
 
 
 def contract(
@@ -64,6 +112,7 @@ def contract(
     received: Received,
     group_of: Mapping[nn.Parameter, int],
     groups: int,
+    module_of: Mapping[nn.Parameter, int],
 ) -> Contracted:
     """<g_i, q> of a step's batches for the direction q of every target.
 
@@ -72,27 +121,23 @@ def contract(
         paid: by parameter, q over the vector with which its gradients were contracted on the spot (inrun.formed).
         received: the gradient that backward made.
         group_of: the group that a parameter belongs to, of so many `groups`.
+        module_of: the part of the values that it belongs to (inrun.parts); empty if none is asked for.
     """
     device = next(iter(group_of)).device
-    ends = list(accumulate((batch.examples for batch in batches), initial=0))
-    found = Contracted.nothing(len(directions), ends[-1], groups, device)
-    places = [slice(begin, end) for begin, end in pairwise(ends)]
+    modules = max(module_of.values(), default=-1) + 1
+    found = Contracted.nothing(len(directions), batches, groups, modules, device)
     halves = _precisions(batches, group_of)
     for p, group in group_of.items():
         depending = [k for k, direction in enumerate(directions) if p in direction.vectors]
         if depending:
             towards = depending if len(depending) < len(directions) else _ALL
             factor = _times(directions[depending[0]].factors.get(p), None if scales is None else scales[p])
-            kept = [
-                (batch.formed.kept[p], place)
-                for batch, place in zip(batches, places, strict=True)
-                if p in batch.formed.kept
-            ]
+            kept = [(b.captured.formed.kept[p], b) for b in found.blocks if p in b.captured.formed.kept]
             vectors = [directions[k].vectors[p] for k in depending]
             of = [g for g, _ in kept]
             parts, inner, squares, both = products(of, received.made.get(p), vectors, factor, group in halves)
-            for part, (_, place) in zip(parts, kept, strict=True):
-                found.add(part, part.abs().sum(dim=1), group, place, towards)
+            for part, (_, block) in zip(parts, kept, strict=True):
+                found.add(part, part.abs().sum(dim=1), group, module_of.get(p, 0), block, towards)
             if p in received.made:
                 found.expected[towards, group] += inner
                 found.lengths[towards, group] += squares.sqrt() * received.squares[p].sqrt()
@@ -105,15 +150,16 @@ def contract(
                     q = [_received_q(directions[k], p, scales) for k in depending]
                     for g, _ in kept:
                         found.rounding[towards, group] += eps * crossed(g, q).sqrt()
-    for batch, place in zip(batches, places, strict=True):
-        for p, with_vectors in batch.formed.paid.items():
+    for block in found.blocks:
+        formed = block.captured.formed
+        for p, with_vectors in formed.paid.items():
             part = with_vectors * paid[p]
-            found.add(part, part.abs().sum(dim=1), group_of[p], place, _ALL)
-            if p in batch.formed.crossed:
-                rounding = halves[group_of[p]].eps * batch.formed.crossed[p].sqrt()
+            found.add(part, part.abs().sum(dim=1), group_of[p], module_of.get(p, 0), block, _ALL)
+            if p in formed.crossed:
+                rounding = halves[group_of[p]].eps * formed.crossed[p].sqrt()
                 found.rounding[:, group_of[p]] += (rounding * paid[p]).abs()
-        for call in batch.calls:
-            _contract_call(call, batch.examples, directions, scales, group_of, found, place)
+        for call in block.captured.calls:
+            _contract_call(call, block, directions, scales, group_of, module_of, found)
     return found
 
 
@@ -149,14 +195,14 @@ def _received_q(direction: Direction, p: nn.Parameter, scales: Mapping[nn.Parame
 
 def _contract_call(
     call: Call,
-    examples: int,
+    block: Block,
     directions: Sequence[Direction],
     scales: Mapping[nn.Parameter, Tensor] | None,
     group_of: Mapping[nn.Parameter, int],
+    module_of: Mapping[nn.Parameter, int],
     found: Contracted,
-    place: slice,
 ) -> None:
-    parameters = call.unit.parameters
+    batch, parameters = block.captured, call.unit.parameters
     group = group_of[next(iter(parameters.values()))]
     everyone = range(len(directions))
 
@@ -168,26 +214,42 @@ def _contract_call(
     if call.late:
         q = [towards(k) for k in everyone]
         names = {p: name for name, p in parameters.items()}
-        for p, rows, g in formed_late(call, examples):
+        for p, rows, g in formed_late(call, batch.examples):
             vectors = [of[names[p]][rows] if names[p] in of else torch.zeros_like(p[rows]) for of in q]
             part = shares(g, vectors)
-            found.add(part, part.abs().sum(dim=1), group, place, _ALL)
+            found.add(part, part.abs().sum(dim=1), group, module_of.get(p, 0), block, _ALL)
             if g.dtype.itemsize < 4:
                 found.rounding[:, group] += torch.finfo(g.dtype).eps * crossed(g, vectors).sqrt()
         return
     for k in everyone:
-        direction = towards(k)
-        if direction:
+        for module, direction in _by_module(towards(k), parameters, module_of):
             try:
-                mine, size, rounding = _contract_tangent(call, direction, examples)
+                mine, size, rounding = _contract_tangent(call, direction, batch, tangent)
             except NoForwardModeError:
-                mine, size, rounding = _contract_pulled_back(call, direction, examples)
-            found.add(mine[None] if mine.ndim else mine, size, group, place, [k])
+                if batch.by_token:
+                    mine, size, rounding = _contract_tangent(call, direction, batch, by_double_backward)
+                else:
+                    mine, size, rounding = _contract_pulled_back(call, direction, batch.examples)
+            found.add(mine[None], size, group, module, block, [k])
             found.rounding[k, group] += rounding
 
 
-def _contract_tangent(call: Call, direction: Mapping[str, Tensor], examples: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The shares of the examples, the size of their parts, and what one rounding of every number may change."""
+def _by_module(
+    direction: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter], module_of: Mapping[nn.Parameter, int]
+) -> Iterator[tuple[int, dict[str, Tensor]]]:
+    """A direction in parts, by module: the output's tangent is linear in it."""
+    parts: dict[int, dict[str, Tensor]] = {}
+    for name, q in direction.items():
+        parts.setdefault(module_of.get(parameters[name], 0), {})[name] = q
+    yield from parts.items()
+
+
+def _contract_tangent(
+    call: Call, direction: Mapping[str, Tensor], batch: Captured, tangent_of: Callable[..., Any]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The shares of the examples, or of their tokens, [examples, time]; the size of their parts, and what one rounding
+    of every number may change.
+    """
     scale = 1.0
     own = call.unit.parameters
     if torch.float16 in (call.autocast, *(p.dtype for p in own.values())):  # it has no numbers as small as q is
@@ -196,10 +258,14 @@ def _contract_tangent(call: Call, direction: Mapping[str, Tensor], examples: int
     direction = {name: (q if scale == 1.0 else q * scale).to(own[name].dtype) for name, q in direction.items()}
     args, kwargs = call.inputs()
     with call.again():
-        leaves, _ = tree_flatten(tangent(call.unit.module, direction, args, kwargs, call.before))
+        leaves, _ = tree_flatten(tangent_of(call.unit.module, direction, args, kwargs, call.before))
     anew = call.unit.closed_form  # it makes its output so
-    shares, magnitude, rounding = torch.zeros((), dtype=torch.float64), torch.zeros(()), torch.zeros(())
-    for towards, rows, gradient, norm in zip(leaves, call.rows, call.gradients, call.gradient_norms, strict=True):
+    N, magnitude, rounding = batch.examples, torch.zeros(()), torch.zeros(())
+    shape = (N, batch.time or 1) if batch.by_token else (N,)
+    shares = torch.zeros(shape, dtype=torch.float64, device=call.device)
+    for k, (towards, rows, gradient, norm) in enumerate(
+        zip(leaves, call.rows, call.gradients, call.gradient_norms, strict=True)
+    ):
         if gradient is not None and rows is not None:
             # a tangent without the example dimension is the same for all examples: it broadcasts as the output did
             gradient = gradient.to(call.device)
@@ -212,7 +278,12 @@ def _contract_tangent(call: Call, direction: Mapping[str, Tensor], examples: int
                 product = gradient * towards
             if eps:
                 rounding = rounding + eps * product.norm()
-            shares = shares + rows.per_example(product, examples).sum(dim=1).double()
+            time = call.times[k] if batch.by_token else None
+            if time is None or batch.time is None:
+                each = rows.per_example(product, N)
+            else:
+                each = time.per_token(product, rows, N, batch.time)
+            shares = shares + each.sum(dim=-1).double()
     return shares / scale, magnitude / scale, rounding / scale
 
 
