@@ -61,6 +61,23 @@ def test_a_run_leaves_values_for_every_target_and_goes_on_from_what_it_stored(co
     assert Ledger(run).values("code").equals(values)
 
 
+def test_every_token_has_a_value_and_a_text_in_the_report(corpus: Path, tmp_path: Path) -> None:
+    run = train(replace(small(corpus, tmp_path / "run"), token_values=True), Console(quiet=True))
+    ledger = Ledger(run)
+    texts = dict(pl.read_parquet(run / "examples.parquet")["id", "token_texts"].iter_rows())
+    previews = dict(pl.read_parquet(run / "examples.parquet")["id", "preview"].iter_rows())
+    values = ledger.values("code")
+    for name, value in values["id", "value"].iter_rows():
+        of_tokens = ledger.token_values(name, "code")
+        assert of_tokens is not None
+        assert len(of_tokens) == len(texts[name]) <= 32  # without padding
+        assert of_tokens.sum() == pytest.approx(value, rel=1e-6, abs=1e-12)
+        assert previews[name][:8] in "".join(texts[name])
+    assert values.height == 6 * 4
+    assert main(["report", str(run)]) == 0
+    assert "shaded by theirs" in " ".join((run / "report.html").read_text().split())
+
+
 def test_targets_from_files_and_passes_over_the_text(corpus: Path, tmp_path: Path) -> None:
     (tmp_path / "verse.txt").write_text("And it came to pass in those days, that there went out a decree. " * 6)
     config = replace(small(corpus, tmp_path / "run"), target=(f"verse={tmp_path / 'verse.txt'}",), target_from=None)

@@ -20,7 +20,9 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from inrun.attributor import Attributor
 from inrun.errors import InrunError
+from inrun.packed import as_packed
 from inrun.state import preserved_random_state
+from inrun.step import as_ids
 from inrun.target import Loss
 
 MARK = "inrun.json"
@@ -138,7 +140,15 @@ class InrunCallback(TrainerCallback):
     def _attributed_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         if self.attributor is None:
             raise InrunError("training began without on_train_begin: call trainer.train(), not training_step().")
-        ids = inputs.pop(self._id_column)
+        ids, mask = inputs.pop(self._id_column), inputs.get("attention_mask")
+        if (
+            self._settings.get("token_values")
+            and isinstance(mask, Tensor)
+            and mask.ndim == 2
+            and as_packed(ids) is None
+        ):
+            # padding is nobody's, so that an example has as many token values as tokens
+            ids = [[i if real else None for real in row] for i, row in zip(as_ids(ids), mask.tolist(), strict=True)]
         with self.attributor.batch(ids) as microbatch:
             loss: Tensor = self._training_step(model, inputs, *args, **kwargs)
             microbatch.loss = loss

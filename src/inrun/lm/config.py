@@ -127,6 +127,8 @@ class Train:
     """Whether what old momentum does has an account of its own, or is paid to the examples it came from."""
     kernel: Kernel = "auto"
     """How a layer is valued: run once more (tangent), from gradients formed by example (perexample), or the cheaper."""
+    token_values: bool = False
+    """Value every token as well, for the report to shade; every layer is run once more for it."""
     memory: Annotated[int | Literal["auto"], _BYTES] = "auto"
     """What examples' gradients may take before the rest goes to disk, as 2GiB; auto is half of what is free."""
     audit_every: int = 50

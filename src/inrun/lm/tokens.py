@@ -147,10 +147,15 @@ class TokenStore(Dataset[Example]):
     def pad(self) -> int:
         return int(self.meta["pad"])
 
-    def examples(self) -> pl.DataFrame:
+    def examples(self, tokenizer: PreTrainedTokenizerFast | None = None) -> pl.DataFrame:
         """One row per example: id, document, tokens (count), preview (its text's head), the user's
-        columns."""
-        return pl.read_parquet(self.folder / "examples.parquet")
+        columns; with the tokenizer, also `token_texts`, the texts of its tokens."""
+        frame = pl.read_parquet(self.folder / "examples.parquet")
+        if tokenizer is None:
+            return frame
+        texts = [tokenizer.decode([k]) for k in range(len(tokenizer))]
+        of = [[texts[k] for k in self[i]["input_ids"].tolist()] for i in range(len(self))]
+        return frame.with_columns(token_texts=pl.Series(of, dtype=pl.List(pl.String)))
 
 
 def build(

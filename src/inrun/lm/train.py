@@ -94,7 +94,7 @@ def _carry_out(config: Train, console: Console) -> None:
     text, targets = _tokens(config, tokenizer, sequence, console)
     steps = _steps(config, preset, len(text))
     _say(console, config, model, text, targets, steps)
-    write_examples(run, text.examples())
+    write_examples(run, text.examples(tokenizer if config.token_values else None))
     checkpoint = last_checkpoint(run / "checkpoints")
     done = int(checkpoint.name.rpartition("-")[2]) if checkpoint is not None else 0
     if checkpoint is not None and done >= steps:
@@ -147,6 +147,7 @@ def _train(
         refresh=config.refresh,
         momentum=config.momentum,
         kernel=config.kernel,
+        token_values=config.token_values,
         memory=config.memory,
         audit_every=config.audit_every,
         audit_permutations=config.audit_permutations,
