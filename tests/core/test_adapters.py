@@ -235,7 +235,7 @@ def test_a_quantised_base() -> None:
     if not (apart / "torchao").exists():
         pytest.skip("torchao is not installed: make setup")
     path = os.pathsep.join([str(apart), *filter(None, [os.environ.get("PYTHONPATH")])])
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/core/quantised.py"]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "tests/core/quantised.py"]
     done = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
     assert "2 passed" in done.stdout
