@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.optim import SGD, AdamW
 
 from inrun import Attributor, InrunError, MixedExamplesWarning
@@ -56,20 +57,42 @@ class _Square(torch.autograd.Function):
         return torch.as_tensor(2 * x * gradients[0])
 
 
+class _SquareOnce(_Square):
+    """With a backward pass that cannot be differentiated."""
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return torch.as_tensor(2 * x * gradients[0])
+
+
+class _SquareOutside(_Square):
+    """With one that leaves torch."""
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return torch.from_numpy(2 * x.detach().numpy() * gradients[0].detach().numpy())
+
+
 class Squared(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, square: Any) -> None:
         super().__init__()
+        self.square = square
         self.scale, self.shift = nn.Parameter(torch.rand(6)), nn.Parameter(torch.zeros(6), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = _Square.apply(x * self.scale + self.shift)
+        y: Tensor = self.square.apply(x * self.scale + self.shift)
         return y
 
 
 @pytest.mark.parametrize("settings", [{}, {"kernel": "tangent"}, {"memory": 100}])
 @pytest.mark.filterwarnings("ignore:what a step must keep")
-def test_what_has_no_forward_mode_is_pulled_back_example_by_example(settings: dict[str, Any]) -> None:
-    agrees(lambda: nn.Sequential(nn.Linear(6, 6), Squared(), nn.Linear(6, 3)), **settings)
+@pytest.mark.parametrize("square", [_Square, _SquareOnce, _SquareOutside])
+def test_what_has_no_forward_mode_is_run_backwards(square: Any, settings: dict[str, Any]) -> None:
+    """Twice where that can be done, and once for every example elsewhere."""
+    agrees(lambda: nn.Sequential(nn.Linear(6, 6), Squared(square), nn.Linear(6, 3)), **settings)
 
 
 class Attending(nn.Module):

@@ -23,7 +23,7 @@ from inrun.tangent.fused import formed_late
 from inrun.tangent.generic import NoForwardModeError
 from inrun.tangent.per_example import pull_back_each
 from inrun.tangent.rules import tangent
-from inrun.tangent.twice import by_double_backward
+from inrun.tangent.twice import NotTwiceDifferentiableError, by_double_backward
 
 _Targets = slice | Sequence[int]  # a slice, if it is all of them, costs less
 _ALL = slice(None)
@@ -226,9 +226,11 @@ def _contract_call(
             try:
                 mine, size, rounding = _contract_tangent(call, direction, batch, tangent)
             except NoForwardModeError:
-                if batch.by_token:
+                try:
                     mine, size, rounding = _contract_tangent(call, direction, batch, by_double_backward)
-                else:
+                except NotTwiceDifferentiableError:
+                    if batch.by_token:
+                        raise
                     mine, size, rounding = _contract_pulled_back(call, direction, batch.examples)
             found.add(mine[None], size, group, module, block, [k])
             found.rounding[k, group] += rounding

@@ -17,6 +17,10 @@ from inrun.tangent.generic import plain_kernels, run_again
 from inrun.target import check_twice_differentiable
 
 
+class NotTwiceDifferentiableError(InrunError):
+    """The backward pass of an operator cannot be differentiated."""
+
+
 def by_double_backward(
     module: nn.Module,
     direction: Mapping[str, Tensor],
@@ -26,7 +30,7 @@ def by_double_backward(
 ) -> list[Any]:
     """The derivative of module(*args, **kwargs) in `direction` of its parameters: by leaf of the output.
 
-    Raises InrunError where the backward pass of one of its operators cannot be differentiated.
+    Raises NotTwiceDifferentiableError where the backward pass of one of its operators cannot be differentiated.
     """
     own = dict(module.named_parameters(remove_duplicate=False))  # of a module inside, too
     weights = {name: own[name].detach().requires_grad_() for name in direction}
@@ -39,12 +43,14 @@ def by_double_backward(
                 list(outputs.values()), list(weights.values()), list(covectors.values()),
                 create_graph=True, allow_unused=True,
             )  # fmt: skip
-            pairs = zip(pulled, direction.values(), strict=True)
-            along = torch.stack([(g * q.to(g.dtype)).sum() for g, q in pairs if g is not None]).sum()
+            pairs = [(g, q) for g, q in zip(pulled, direction.values(), strict=True) if g is not None]
+            if not pairs or not all(g.requires_grad for g, _ in pairs):
+                raise RuntimeError("its backward pass leaves no graph")
+            along = torch.stack([(g * q.to(g.dtype)).sum() for g, q in pairs]).sum()
             check_twice_differentiable(along)
             found = torch.autograd.grad(along, list(covectors.values()), allow_unused=True)
         except RuntimeError as error:
-            raise InrunError(
+            raise NotTwiceDifferentiableError(
                 f"{type(module).__name__}: one of its operators has neither a forward-mode derivative nor a backward "
                 f"pass that can be differentiated ({error}), so that its tokens have no values of their own. Write a "
                 "rule with inrun.tangent.register_tangent, freeze the module (requires_grad_(False)), or ask for "
