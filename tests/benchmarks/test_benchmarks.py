@@ -100,6 +100,12 @@ COMPARED = [
 ]
 
 
+@pytest.mark.filterwarnings("ignore:Input Tensor 0 did not already require gradients:UserWarning")  # captum
+@pytest.mark.filterwarnings('ignore:Since `loss_fn` has no "reduction" attribute:UserWarning')  # captum
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing when gradients are computed:UserWarning")  # opacus
+@pytest.mark.filterwarnings(
+    "ignore:There is a performance drop because we have not yet implemented:UserWarning"
+)  # dattri
 @pytest.mark.parametrize(("name", "workload"), COMPARED)
 def test_what_is_compared_is_the_same(name: str, workload: str) -> None:
     """Values are <g_i, grad L>, and the step trains as the plain one does."""
