@@ -19,7 +19,7 @@ demo: setup
 	$(BIN)/inrun demo
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n logical --dist worksteal
 
 check: setup
 	$(BIN)/ruff check .
