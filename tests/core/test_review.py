@@ -1,0 +1,202 @@
+"""Models that once went wrong: their values against per-example autograd, and their training with and without."""
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim import SGD, AdamW
+
+from inrun import Attributor
+from inrun.oracle import per_example_gradients
+from inrun.state import State, preserved_random_state
+from tests.models import VOCABULARY, class_losses, vectors
+from tests.reference import contracted, reference_direction
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+Losses = Callable[[nn.Module, Any], Tensor]
+
+
+def words(n: int, seed: int, length: int = 7) -> tuple[Tensor]:
+    return (torch.randint(0, VOCABULARY, (n, length), generator=torch.Generator().manual_seed(seed)),)
+
+
+def next_words(model: nn.Module, batch: Sequence[Tensor]) -> Tensor:
+    logits, following = model(*batch)[:, :-1], batch[0][:, 1:]
+    losses = F.cross_entropy(logits.flatten(0, 1), following.flatten(), reduction="none")
+    return losses.view(len(following), -1).mean(1)
+
+
+def agrees(
+    build: Callable[[], nn.Module],
+    steps: Sequence[Sequence[Any]],
+    target: Any,
+    losses: Losses = class_losses,
+    kernel: Any = "tangent",
+) -> None:
+    """The values of these steps' batches (several of them are accumulated) are those of per-example autograd."""
+    torch.manual_seed(0)
+    model = build().train()
+    optimizer = AdamW(model.parameters(), lr=1e-2)
+
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        return losses(model, batch).mean()
+
+    def at_target(model: nn.Module) -> Tensor:
+        return loss(model, target)
+
+    with Attributor(model, optimizer, {"t": target}, loss, kernel=kernel) as attributor:
+        for batches in steps:
+            optimizer.zero_grad()
+            with State(model).copied(), preserved_random_state(model):
+                g = [
+                    per_example_gradients(model, lambda m, b=b: losses(m, b) / len(b[0]) / len(batches))  # type: ignore[misc]
+                    for b in batches
+                ]
+            for batch in batches:
+                with attributor.batch(range(len(batch[0]))):
+                    (loss(model, batch) / len(batches)).backward()
+            with State(model).copied(), preserved_random_state(model):
+                q = reference_direction(model, optimizer, at_target, "path", 1)
+            model.train()
+            optimizer.step()
+            assert attributor.last is not None
+            wanted = torch.cat([contracted(model, of, q) for of in g])
+            torch.testing.assert_close(attributor.last.values["t"], wanted, rtol=1e-8, atol=1e-12)
+
+
+def trained(build: Callable[[], nn.Module], batches: Sequence[Any], target: Any, losses: Losses) -> None:
+    """Training with an Attributor attached is bit for bit that without it: weights, buffers, random state."""
+    ends = []
+    for attached in (False, True):
+        torch.manual_seed(0)
+        model = build().train()
+        optimizer = SGD(model.parameters(), lr=0.1)
+
+        def loss(model: nn.Module, batch: Any) -> Tensor:
+            return losses(model, batch).mean()
+
+        attributor = Attributor(model, optimizer, {"t": target}, loss, kernel="tangent") if attached else None
+        for batch in batches:
+            optimizer.zero_grad()
+            with attributor.batch(range(len(batch[0]))) if attributor else nullcontext():
+                loss(model, batch).backward()
+            optimizer.step()
+        plain = {name: x for m in model.modules() for name, x in vars(m).items() if isinstance(x, int | float)}
+        ends.append((model.state_dict(), torch.get_rng_state(), plain))
+    (weights, random_state, plain), (others, other_state, other_plain) = ends
+    assert all(torch.equal(weights[name], others[name]) for name in weights)
+    assert torch.equal(random_state, other_state)
+    assert plain == other_plain
+
+
+class Layers(nn.Module):
+    """Two layers, for others to be made of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.last(self.between(self.first(x)))
+        return logits
+
+    def between(self, x: Tensor) -> Tensor:
+        return x.tanh()
+
+
+# --- what modules hold besides tensors
+
+
+class Counting(Layers):
+    """Something that fades in with the number of calls."""
+
+    calls = 0
+
+    def between(self, x: Tensor) -> Tensor:
+        self.calls += self.training
+        return x.tanh() * (1 - 0.5**self.calls)
+
+
+class Drawing(Layers):
+    """Dropout from a generator of its own."""
+
+    def __init__(self, generator: Any) -> None:
+        super().__init__()
+        self.generator = generator
+
+    def between(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return x
+        if isinstance(self.generator, torch.Generator):
+            return x * (torch.rand(x.shape, generator=self.generator) < 0.7)
+        return x * float(self.generator.random())
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        Counting,
+        lambda: Drawing(torch.Generator().manual_seed(3)),
+        lambda: Drawing(np.random.default_rng(3)),
+        lambda: Drawing(np.random.RandomState(3)),
+    ],
+)
+def test_counts_and_generators_of_modules_are_left_as_they_were(build: Callable[[], nn.Module]) -> None:
+    trained(build, [vectors(5, seed) for seed in range(4)], vectors(3, 90), class_losses)
+
+
+class Table(nn.Module):
+    """Positions from a table that is made anew for longer texts, as rotary embeddings do it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.head, self.longest = nn.Embedding(VOCABULARY, 8), nn.Linear(8, VOCABULARY), 0
+
+    def forward(self, ids: Tensor) -> Tensor:
+        if ids.shape[1] > self.longest:
+            self.longest = ids.shape[1]
+            self.table = torch.arange(8.0 * self.longest).view(-1, 8).cos()
+        logits: Tensor = self.head(self.embedding(ids) * self.table[: ids.shape[1]])
+        return logits
+
+
+def test_a_table_and_the_length_that_it_was_made_for_go_together() -> None:
+    batches = [words(5, 0, 4), words(5, 1, 6), words(5, 2, 9), words(3, 3, 2)]
+    trained(Table, batches, words(3, 90, 8), next_words)
+
+
+class Sharing(nn.Module):
+    """Layers that hand on something in a dictionary that all of them hold."""
+
+    def __init__(self, shared: dict[str, Tensor], first: bool) -> None:
+        super().__init__()
+        self.layer, self.shared, self.is_first = nn.Linear(6, 6), shared, first
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.layer(x).tanh()
+        if self.is_first:
+            self.shared["y"] = y
+        return y + self.shared["y"]
+
+
+class Together(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        shared: dict[str, Tensor] = {}
+        self.layers = nn.Sequential(Sharing(shared, True), Sharing(shared, False))
+        self.scale, self.head = nn.Parameter(torch.rand(6)), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.layers(x * self.scale))
+        return logits
+
+
+def test_a_container_that_several_modules_hold_stays_one() -> None:
+    trained(Together, [vectors(5, seed) for seed in range(3)], vectors(3, 90), class_losses)
+    agrees(Together, [[vectors(5, seed)] for seed in range(2)], vectors(3, 90))
