@@ -18,7 +18,7 @@ from inrun.errors import InrunError
 from inrun.gradient import same
 from inrun.inputs import Inputs
 from inrun.operations import Operations, Reads, drawn, tensors
-from inrun.rows import Rows, Unknown, find_rows, shuffled, without_last
+from inrun.rows import Rows, Unknown, every_other, find_rows, shuffled, without_last
 from inrun.rows import same as same_rows
 from inrun.target import Evaluation
 from inrun.units import Unit, Units
@@ -35,6 +35,7 @@ class Found:
     counted: bool  # an operation chose entries by their values, so that the examples may have different numbers of them
     outputs: tuple[int | None, ...] = ()  # of the model's output, leaf by leaf the dimension that holds the examples
     mixed: str = ""  # where the examples of a batch were first seen to be mixed
+    alone: bool = False  # on one example, which does not tell what is mixed
     moving: bool = False  # the forward in train mode changes what the model holds besides its parameters
 
     @property
@@ -102,7 +103,7 @@ class Probe:
         comparison.finish()
         outputs = _example_dims(plain.output, again.output, order)
         mixed = _mixed_output(plain.output, again.output, outputs, order)
-        return Found(judge.rows, tuple(carrying), counted, outputs, mixed), judge.problems
+        return Found(judge.rows, tuple(carrying), counted, outputs, mixed, examples == 1), judge.problems
 
     def _expandable(self, inputs: Inputs, order: Tensor, found: Found) -> tuple[Found, dict[Unit, InrunError]]:
         """The rows with which batchless outputs can be expanded and the model still computes the same; and the units of
@@ -154,10 +155,26 @@ class Probe:
         again = self._run(inputs, carrying, order, reads, train=True, still=True, comparison=comparison)
         comparison.finish()
         found = replace(found, moving=plain.moved)
-        if plain.drew or again.drew:
-            return found  # what is random may be mixed or not: it cannot be told
         mixed = judge.mixed or _mixed_output(plain.output, again.output, found.outputs, order)
+        if mixed and (plain.drew or again.drew):
+            mixed = self._mixed_in_place(inputs, examples, found)
         return replace(found, mixed=found.mixed or mixed)
+
+    def _mixed_in_place(self, inputs: Inputs, examples: int, found: Found) -> str:
+        """Where examples are mixed in a forward that draws numbers: those that stay in their places, with the numbers
+        that they had, come out otherwise if others are changed.
+
+        Where other examples make it draw another number of them, it cannot be told.
+        """
+        order, staying = every_other(examples)
+        plain = self._run(inputs, list(found.carrying), torch.arange(examples), train=True, still=True)
+        judge = _Mixed(order, found, staying)
+        comparison = _Comparison(plain.seen, judge)
+        again = self._run(inputs, list(found.carrying), order, train=True, still=True, comparison=comparison)
+        comparison.finish()
+        if again.drawn_to != plain.drawn_to:
+            return ""
+        return judge.mixed or _mixed_output(plain.output, again.output, found.outputs, order, staying)
 
     def _run(
         self,
@@ -182,7 +199,8 @@ class Probe:
                     recording.output = self._model(*args, **kwargs)
                 recording.moved = state.moved()
                 recording.random_state = torch.get_rng_state()
-                recording.drew |= recording.operations.drew or drawn() != before
+                recording.drawn_to = (recording.random_state.tolist(), drawn(), state.drawn())
+                recording.drew |= recording.operations.drew or drawn() != before or state.drew()
         except InrunError:
             raise
         except Exception as error:
@@ -220,6 +238,7 @@ class _Recording:
     output: Any = None
     random_state: Tensor | None = None
     drew: bool = False  # random numbers that differ from example to example
+    drawn_to: object = None  # where the generators were at the end
     moved: bool = False  # buffers, or tensors that are attributes
 
     @contextmanager
@@ -393,8 +412,9 @@ class _Rows:
 class _Mixed:
     """Finds the first unit whose output for one example depends on the others."""
 
-    def __init__(self, order: Tensor, found: Found) -> None:
-        self._order, self._found = order, found
+    def __init__(self, order: Tensor, found: Found, only: Tensor | None = None) -> None:
+        """`only`: of the examples in these places."""
+        self._order, self._found, self._only = order, found, only
         self.mixed = ""
 
     def missed(self, unit: Unit) -> None:
@@ -405,7 +425,12 @@ class _Mixed:
         for x, y, r in zip(plain, again, self._found.rows.get((unit, index), ()), strict=False):
             if self.mixed or not isinstance(r, Rows) or not r.fits(x, examples):
                 continue
-            if not same_rows(r.reordered(x, self._order, examples), y):
+            if r.dim is None and self._only is not None:
+                continue  # what is random may differ
+            x = r.reordered(x, self._order, examples)
+            if self._only is not None and y.shape == x.shape:
+                x, y = (r.reordered(z, self._only, examples) for z in (x, y))
+            if not same_rows(x, y):
                 self.mixed = unit.name
 
 
@@ -421,11 +446,15 @@ def _example_dims(plain: Any, again: Any, order: Tensor) -> tuple[int | None, ..
     return tuple(found)
 
 
-def _mixed_output(plain: Any, again: Any, dims: Sequence[int | None], order: Tensor) -> str:
-    """Says so if some of a model's output for one example depends on the others."""
+def _mixed_output(plain: Any, again: Any, dims: Sequence[int | None], order: Tensor, only: Tensor | None = None) -> str:
+    """Says so if some of a model's output for one example (of those in the places `only`) depends on the others."""
     for x, y, d in zip(tensors(plain), tensors(again), dims, strict=False):
-        if d is not None and x.ndim == y.ndim and not same_rows(x.index_select(d, order.to(x.device)), y):
-            return "the model's output"
+        if d is not None and x.ndim == y.ndim:
+            x = x.index_select(d, order.to(x.device))
+            if only is not None and x.shape == y.shape:
+                x, y = (z.index_select(d, only.to(z.device)) for z in (x, y))
+            if not same_rows(x, y):
+                return "the model's output"
     return ""
 
 

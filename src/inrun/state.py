@@ -110,6 +110,11 @@ def _set_state(generator: _Generator, state: Any) -> None:
         generator.set_state(state)
 
 
+def _written_out(state: Any) -> str:
+    """The state of a generator, to be compared."""
+    return str([x.tolist() if isinstance(x, Tensor | np.ndarray) else x for x in tree_flatten(state)[0]])
+
+
 class _Of:
     """What one module holds: its mode, its buffers, and its attributes: tensors, numbers, words, generators, and lists,
     tuples and dicts of them. An object of another kind is not looked into.
@@ -147,14 +152,13 @@ class _Of:
                 found.append(name)
         return found
 
+    def drawn(self) -> list[str]:
+        """Where the generators that it holds are now."""
+        return [_written_out(_state_of(x)) for x, _ in self._generators]
+
     def drew(self) -> bool:
         """Whether numbers were drawn from a generator that it holds."""
-        return any(
-            str(_state_of(x)) != str(state)
-            if not isinstance(x, torch.Generator)
-            else not torch.equal(_state_of(x), state)
-            for x, state in self._generators
-        )
+        return self.drawn() != [_written_out(state) for _, state in self._generators]
 
     def put_back(self, copies: Mapping[int, Tensor] | None = None, filled: dict[int, Any] | None = None) -> None:
         """Have all of it there again; or copies of it, those of containers that several modules hold in `filled`."""
@@ -211,6 +215,10 @@ class State:
         """Whether all is still as it was."""
         return not self._written() and not any(of.replaced() or of.changed() or of.drew() for of in self._of)
 
+    def drawn(self) -> list[list[str]]:
+        """Where the generators that modules hold are now."""
+        return [of.drawn() for of in self._of]
+
     def drew(self) -> bool:
         """Whether numbers were drawn from generators that modules hold."""
         return any(of.drew() for of in self._of)
@@ -225,7 +233,8 @@ class State:
     def copied(self) -> Iterator[None]:
         """Inside the block the tensors are as they were, on copies: what is written there is lost."""
         now = [_Of(of.module) for of in self._of]
-        copies, filled = {key: copy.clone() for key, (_, _, copy) in self._copies.items()}, {}
+        copies = {key: copy.clone() for key, (_, _, copy) in self._copies.items()}
+        filled: dict[int, Any] = {}
         for of in self._of:
             of.put_back(copies, filled)
         try:

@@ -1,5 +1,6 @@
 """Models that once went wrong: their values against per-example autograd, and their training with and without."""
 
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import SGD, AdamW
 
-from inrun import Attributor
+from inrun import Attributor, MixedExamplesWarning
 from inrun.oracle import per_example_gradients
 from inrun.state import State, preserved_random_state
 from tests.models import VOCABULARY, class_losses, vectors
@@ -47,6 +48,9 @@ def agrees(
     def loss(model: nn.Module, batch: Any) -> Tensor:
         return losses(model, batch).mean()
 
+    def parts(batch: Any, n: int) -> Callable[[nn.Module], Tensor]:
+        return lambda model: losses(model, batch) / n
+
     def at_target(model: nn.Module) -> Tensor:
         return loss(model, target)
 
@@ -54,10 +58,7 @@ def agrees(
         for batches in steps:
             optimizer.zero_grad()
             with State(model).copied(), preserved_random_state(model):
-                g = [
-                    per_example_gradients(model, lambda m, b=b: losses(m, b) / len(b[0]) / len(batches))  # type: ignore[misc]
-                    for b in batches
-                ]
+                g = [per_example_gradients(model, parts(b, len(batches) * len(b[0]))) for b in batches]
             for batch in batches:
                 with attributor.batch(range(len(batch[0]))):
                     (loss(model, batch) / len(batches)).backward()
@@ -200,3 +201,81 @@ class Together(nn.Module):
 def test_a_container_that_several_modules_hold_stays_one() -> None:
     trained(Together, [vectors(5, seed) for seed in range(3)], vectors(3, 90), class_losses)
     agrees(Together, [[vectors(5, seed)] for seed in range(2)], vectors(3, 90))
+
+
+# --- examples that are mixed
+
+
+class Normed(Layers):
+    """Batch normalisation, or a mean of someone's own, and numbers drawn in the forward that have nothing to do with
+    it.
+    """
+
+    def __init__(self, draws: str, own: bool = False) -> None:
+        super().__init__()
+        self.norm, self.draws, self.own = nn.BatchNorm1d(6), draws, own
+
+    def between(self, x: Tensor) -> Tensor:
+        if self.training:
+            if self.draws == "numpy":
+                x = x * (1 + np.random.rand())
+            if self.draws == "integers":
+                x = x + torch.randint(0, 2, x.shape)
+            if self.draws == "bernoulli":
+                x = x * torch.bernoulli(torch.full_like(x, 0.9))
+            if self.draws == "mixup":
+                return x + x[torch.randperm(len(x))]
+        y = x - x.mean(0) * self.training if self.own else self.norm(x)
+        return torch.as_tensor(y).tanh()
+
+
+class Noisy(Layers):
+    """Numbers are drawn for every entry, and nothing is mixed."""
+
+    def between(self, x: Tensor) -> Tensor:
+        if self.training:
+            x = x * torch.bernoulli(torch.full_like(x, 0.5)) + torch.randint(0, 2, x.shape)
+            x = x + torch.as_tensor(np.random.rand(*x.shape))
+        return x.tanh()
+
+
+def is_told(model: nn.Module, batches: Sequence[Any], modes: Callable[[int], object] = lambda step: None) -> bool:
+    optimizer = SGD(model.parameters(), lr=0.1)
+    attributor = Attributor(model, optimizer, {"t": vectors(3, 9)}, lambda m, b: class_losses(m, b).mean())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for step, batch in enumerate(batches):
+            modes(step)
+            optimizer.zero_grad()
+            with attributor.batch(range(len(batch[0]))):
+                class_losses(model, batch).mean().backward()
+            optimizer.step()
+    return any(w.category is MixedExamplesWarning for w in caught)
+
+
+@pytest.mark.parametrize("examples", [2, 3, 5])
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("draws", ["", "numpy", "integers", "bernoulli"])
+def test_what_is_mixed_is_told_though_numbers_are_drawn(draws: str, own: bool, examples: int) -> None:
+    torch.manual_seed(0)
+    assert is_told(Normed(draws, own), [vectors(examples, 0)])
+
+
+def test_mixing_in_a_random_order_is_told() -> None:
+    torch.manual_seed(0)
+    assert is_told(Normed("mixup"), [vectors(6, 0)])
+
+
+@pytest.mark.parametrize("examples", [1, 2, 5])
+def test_random_numbers_alone_are_not_taken_for_mixing(examples: int) -> None:
+    torch.manual_seed(0)
+    assert not is_told(Noisy(), [vectors(examples, 0), vectors(4, 1)])
+
+
+def test_mixing_that_begins_in_mid_run_is_told() -> None:
+    torch.manual_seed(0)
+    model = Normed("")
+    assert is_told(model, [vectors(5, 0), vectors(5, 1)], lambda step: model.norm.train(step > 0))
+    model = Normed("")
+    assert is_told(model, [vectors(5, 0), vectors(5, 1)], lambda step: model.train(step > 0))
+    assert is_told(Normed("", own=True), [vectors(1, 0), vectors(5, 1)])  # one alone does not tell
