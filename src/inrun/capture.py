@@ -390,7 +390,8 @@ class Capture:
                 on_gradient(leaf, hook)
             else:
                 # a view of its own, so that the gradient is this output's alone where one output is made of another
-                leaves[k] = leaf.view_as(leaf)
+                # (of its own memory, if it is worked on in place, which takes the hooks of a view away)
+                leaves[k] = leaf.clone() if (unit, index) in self._now.written else leaf.view_as(leaf)
                 leaves[k].register_hook(hook)
         if formed:
             return leaves[0]

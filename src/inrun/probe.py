@@ -35,6 +35,7 @@ class Found:
     counted: bool  # an operation chose entries by their values, so that the examples may have different numbers of them
     outputs: tuple[int | None, ...] = ()  # of the model's output, leaf by leaf the dimension that holds the examples
     mixed: str = ""  # where the examples of a batch were first seen to be mixed
+    written: frozenset[tuple[Unit, int]] = frozenset()  # calls whose outputs the model works on in place
     alone: bool = False  # on one example, which does not tell what is mixed
     moving: bool = False  # the forward in train mode changes what the model holds besides its parameters
 
@@ -92,18 +93,20 @@ class Probe:
         """The rows of every output, and of which units they cannot be told."""
         examples, counted = len(order) - 1, False
         while True:
-            plain = self._run(inputs, carrying, torch.arange(examples))
+            plain = self._run(inputs, carrying, torch.arange(examples), still=True)
             counted |= plain.operations.counted
             judge = _Rows(order, inputs.merges(carrying) if counted else None, self._model, plain.problems)
             comparison = _Comparison(plain.seen, judge)
-            again = self._run(inputs, carrying, order, reads, comparison=comparison)
+            again = self._run(inputs, carrying, order, reads, still=True, comparison=comparison)
             if counted or not again.operations.counted:
                 break
             counted = True
         comparison.finish()
         outputs = _example_dims(plain.output, again.output, order)
         mixed = _mixed_output(plain.output, again.output, outputs, order)
-        return Found(judge.rows, tuple(carrying), counted, outputs, mixed, examples == 1), judge.problems
+        written = frozenset(comparison.written)
+        found = Found(judge.rows, tuple(carrying), counted, outputs, mixed, written=written, alone=examples == 1)
+        return found, judge.problems
 
     def _expandable(self, inputs: Inputs, order: Tensor, found: Found) -> tuple[Found, dict[Unit, InrunError]]:
         """The rows with which batchless outputs can be expanded and the model still computes the same; and the units of
@@ -264,6 +267,8 @@ class _Recording:
         output_leaves, spec = tree_flatten(output)
         leaves = list(output_leaves)
         now = _Seen([x.detach() if isinstance(x, Tensor) else x for x in leaves])
+        if not tensors(leaves) and _held(tuple(leaves), {}):
+            self.problems.setdefault(unit, _hidden(unit, leaves))
         given = [k for k, x in enumerate(leaves) if isinstance(x, nn.Parameter)]  # as it is: to be used elsewhere
         if given:
             with self.operations.paused():
@@ -297,6 +302,15 @@ class _Recording:
         )
 
 
+def _hidden(unit: Unit, leaves: Sequence[Any]) -> InrunError:
+    kinds = ", ".join(dict.fromkeys(type(x).__name__ for x in leaves))
+    return InrunError(
+        f"{unit.name}: it puts out an object in which its tensors cannot be seen ({kinds}). Have it return a tensor, a "
+        "tuple or a dict; or, of a dataclass, call torch.utils._pytree.register_dataclass() or "
+        "register_pytree_node(). Or freeze the module (requires_grad_(False))."
+    )
+
+
 class _Unchanging:
     """Hooks that see whether a unit's call changes an object that it is given, so that it cannot be run again on it."""
 
@@ -310,14 +324,14 @@ class _Unchanging:
     def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if self._held.pop() != _held(args, kwargs):
             self._problems[self._unit] = InrunError(
-                f"{self._unit.name}: it must be run again to value its parameters, but its call changes an object that "
-                "it is given (a cache of keys and values: use_cache=False turns it off). Or freeze the module "
-                "(requires_grad_(False))."
+                f"{self._unit.name}: it must be run again to value its parameters, but its call changes what it is "
+                "given: a tensor in place, or an object (a cache of keys and values: use_cache=False turns it off). Or "
+                "freeze the module (requires_grad_(False))."
             )
 
 
 def _held(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[int, int]]:
-    """The tensors that are held by objects among the arguments, and their versions."""
+    """The tensors among the arguments, and those that objects among them hold, and their versions."""
     found: list[tuple[int, int]] = []
 
     def look(x: Any, depth: int) -> None:
@@ -330,8 +344,7 @@ def _held(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[int, int]
             look(vars(x), depth - 1)
 
     for leaf in tree_flatten((args, kwargs))[0]:
-        if not isinstance(leaf, Tensor):
-            look(leaf, 8)
+        look(leaf, 8)
     return found
 
 
@@ -344,6 +357,7 @@ class _Comparison:
     def __init__(self, plain: dict[tuple[Unit, int], _Seen], judge: "_Rows | _Mixed") -> None:
         self._plain, self._judge = plain, judge
         self._later: list[tuple[Unit, int, _Seen, list[Any]]] = []  # what the model worked on in place
+        self.written: list[tuple[Unit, int]] = []
 
     def see(self, unit: Unit, index: int, again: list[Any]) -> None:
         """A unit's output of the second forward."""
@@ -357,6 +371,7 @@ class _Comparison:
 
     def finish(self) -> None:
         """The second run is over."""
+        self.written = [(unit, index) for unit, index, *_ in self._later]
         for unit, index, plain, again in self._later:
             self._judge.see(unit, index, plain.leaves, again)
         for unit, _ in self._plain:

@@ -8,7 +8,7 @@ import random
 import time
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -252,7 +252,7 @@ class Before:
     """What a call of a module finds: random states, buffers and attributes."""
 
     def __init__(self, module: nn.Module) -> None:
-        self._random = RandomState(module) if module.training else None
+        self._random = RandomState(module)
         self._state: State | None = State(module)
         self.seconds, self._begun = 0.0, time.perf_counter()
 
@@ -265,5 +265,5 @@ class Before:
     @contextmanager
     def again(self, module: nn.Module) -> Iterator[None]:
         """All of it as the call found it; what is changed inside the block is lost."""
-        with self._random.replayed() if self._random else nullcontext(), (self._state or State(module)).copied():
+        with self._random.replayed(), (self._state or State(module)).copied():
             yield

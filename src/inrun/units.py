@@ -137,6 +137,16 @@ class Units:
             self._rebuild()
         return list(changed)
 
+    def joined(self, once: Iterable[Unit]) -> tuple[list[Group], dict[nn.Parameter, int]]:
+        """The groups, and the group of every parameter, with units that were some `once`, since which others were
+        found.
+        """
+        gone = [unit for unit in dict.fromkeys(once) if unit not in self.all]
+        if not gone:
+            return self.groups, self.group_of
+        groups = groups_of([*self.all, *gone])
+        return groups, {p: k for k, group in enumerate(groups) for p in group.parameters}
+
     def _settle(self, p: nn.Parameter, stacks: Collection[Stack]) -> bool:
         changed = False
         while True:

@@ -106,7 +106,8 @@ class Account:
         scales = received.scales(moves, None if paid_at_once else lambda: made_anew(pending))
         batches, directions = [microbatch.captured for microbatch in pending], list(found.values())
         paid = self._paid(batches, moves, scales)
-        through = contract(batches, directions, scales, paid, received, self._units.group_of, len(self._units.groups))
+        groups, group_of = self._units.joined(call.unit for batch in batches for call in batch.calls)
+        through = contract(batches, directions, scales, paid, received, group_of, len(groups))
         values = through.values.cpu()
         for k, (name, direction) in enumerate(found.items()):
             if not bool(values[k].isfinite().all()):
@@ -115,7 +116,7 @@ class Account:
             seen, size, expected, lengths, rounding = (
                 x[k] for x in (through.seen, through.size, through.expected, through.lengths, through.rounding)
             )
-            conservation = check_conservation(self._units.groups, seen, size, expected, lengths, rounding, where)
+            conservation = check_conservation(groups, seen, size, expected, lengths, rounding, where)
             valued.step.values[name], valued.step.losses[name] = values[k], direction.loss
             valued.rows[name] = {
                 "loss": direction.loss,

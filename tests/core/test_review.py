@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import SGD, AdamW
 
-from inrun import Attributor, MixedExamplesWarning
+from inrun import Attributor, InrunError, MixedExamplesWarning
 from inrun.oracle import per_example_gradients
 from inrun.state import State, preserved_random_state
 from tests.models import VOCABULARY, class_losses, vectors
@@ -42,8 +43,8 @@ def agrees(
 ) -> None:
     """The values of these steps' batches (several of them are accumulated) are those of per-example autograd."""
     torch.manual_seed(0)
-    model = build().train()
-    optimizer = AdamW(model.parameters(), lr=1e-2)
+    model = build()
+    optimizer, mode = AdamW(model.parameters(), lr=1e-2), model.training
 
     def loss(model: nn.Module, batch: Any) -> Tensor:
         return losses(model, batch).mean()
@@ -64,7 +65,7 @@ def agrees(
                     (loss(model, batch) / len(batches)).backward()
             with State(model).copied(), preserved_random_state(model):
                 q = reference_direction(model, optimizer, at_target, "path", 1)
-            model.train()
+            model.train(mode)
             optimizer.step()
             assert attributor.last is not None
             wanted = torch.cat([contracted(model, of, q) for of in g])
@@ -76,7 +77,7 @@ def trained(build: Callable[[], nn.Module], batches: Sequence[Any], target: Any,
     ends = []
     for attached in (False, True):
         torch.manual_seed(0)
-        model = build().train()
+        model = build()
         optimizer = SGD(model.parameters(), lr=0.1)
 
         def loss(model: nn.Module, batch: Any) -> Tensor:
@@ -180,7 +181,7 @@ class Sharing(nn.Module):
         self.layer, self.shared, self.is_first = nn.Linear(6, 6), shared, first
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.layer(x).tanh()
+        y: Tensor = self.layer(x).tanh()
         if self.is_first:
             self.shared["y"] = y
         return y + self.shared["y"]
@@ -279,3 +280,131 @@ def test_mixing_that_begins_in_mid_run_is_told() -> None:
     model = Normed("")
     assert is_told(model, [vectors(5, 0), vectors(5, 1)], lambda step: model.train(step > 0))
     assert is_told(Normed("", own=True), [vectors(1, 0), vectors(5, 1)])  # one alone does not tell
+
+
+# --- what is run again
+
+
+class Head(nn.Module):
+    """A head that reads the weight of an embedding with a padding row, or with gradients by frequency."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__()
+        self.embedding, self.layer = nn.Embedding(VOCABULARY, 8, **settings), nn.Linear(8, 8)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return F.linear(self.layer(self.embedding(ids)).tanh(), self.embedding.weight)
+
+
+@pytest.mark.parametrize("settings", [{"padding_idx": 3}, {"padding_idx": -1}, {"scale_grad_by_freq": True}])
+def test_a_lifted_embedding_has_the_gradient_that_it_has(settings: dict[str, Any]) -> None:
+    agrees(lambda: Head(**settings), [[words(5, seed)] for seed in range(2)], words(3, 90), next_words)
+
+
+class Late(nn.Module):
+    """With a second input, a weight is read without a call of its module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.layer, self.head = nn.Embedding(VOCABULARY, 8), nn.Linear(8, 8), nn.Linear(8, VOCABULARY)
+
+    def forward(self, ids: Tensor, scale: Tensor | None = None) -> Tensor:
+        x = self.layer(self.embedding(ids)).tanh()
+        if scale is not None:
+            x = F.linear(x, self.layer.weight) * scale[:, None, None]
+        logits: Tensor = self.head(x)
+        return logits
+
+
+@pytest.mark.parametrize("kernel", ["auto", "tangent"])
+def test_what_is_lifted_in_the_middle_of_an_accumulation(kernel: str) -> None:
+    steps = [[words(5, 0), (*words(4, 1, 6), torch.rand(4)), words(5, 2)], [(*words(5, 3), torch.rand(5)), words(1, 4)]]
+    agrees(Late, steps, words(3, 90), next_words, kernel)
+
+
+class WorkedOn(nn.Module):
+    """Two outputs, of which one is worked on in place."""
+
+    def __init__(self, recurrent: bool) -> None:
+        super().__init__()
+        self.block = nn.LSTM(6, 6, batch_first=True) if recurrent else Both()
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, *others = self.block(x[:, None].expand(-1, 3, -1))
+        y += 1
+        logits: Tensor = self.head((y[:, -1] * (others[0][0][0] if isinstance(others[0], tuple) else 1)).tanh())
+        return logits
+
+
+class Both(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.other = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = F.linear(x, self.layer.weight).sin()
+        return self.other(y), y
+
+
+@pytest.mark.parametrize("recurrent", [False, True])
+def test_one_of_several_outputs_may_be_worked_on_in_place(recurrent: bool) -> None:
+    agrees(lambda: WorkedOn(recurrent), [[vectors(5, seed)] for seed in range(2)], vectors(3, 90))
+
+
+class InPlace(nn.Module):
+    """Writes to the tensor that it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.rand(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mul_(self.scale).sin_()
+
+
+class Hidden(nn.Module):
+    """Puts out an object of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.rand(6))
+
+    def forward(self, x: Tensor) -> SimpleNamespace:
+        return SimpleNamespace(x=x * self.scale)
+
+
+class Around(Layers):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def between(self, x: Tensor) -> Tensor:
+        y = self.inner(x + 1)
+        return torch.as_tensor(y if isinstance(y, Tensor) else y.x).tanh()
+
+
+@pytest.mark.parametrize("inner", [InPlace, Hidden])
+def test_what_cannot_be_run_again_by_itself_goes_to_the_module_around_it(inner: Callable[[], nn.Module]) -> None:
+    agrees(lambda: Around(inner()), [[vectors(5, seed)] for seed in range(2)], vectors(3, 90))
+
+
+def test_a_model_that_hides_what_it_puts_out_is_told() -> None:
+    model = Hidden()
+    attributor = Attributor(model, SGD(model.parameters(), 0.1), {"t": vectors(3, 9)}, lambda m, b: m(b[0]).x.sum())
+    with pytest.raises(InrunError, match=r"^Hidden: .* cannot be seen \(SimpleNamespace\)"), attributor.batch(range(4)):
+        model(vectors(4, 0)[0]).x.sum().backward()
+
+
+class Random(Layers):
+    """Draws numbers in whatever mode it is, for batches larger than the target's."""
+
+    def between(self, x: Tensor) -> Tensor:
+        if len(x) > 3:
+            x = F.dropout(x, 0.3) + torch.randn_like(x) * torch.randint(1, 3, x.shape[:1])[:, None]
+        return F.linear(x, self.first.weight)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_numbers_may_be_drawn_in_eval_mode_too(training: bool) -> None:
+    agrees(lambda: Random().train(training), [[vectors(5, seed)] for seed in range(2)], vectors(3, 90))

@@ -1,7 +1,7 @@
 """The generic rule: forward-mode differentiation of one module with respect to its own parameters."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -9,7 +9,9 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.backends import cudnn, mkldnn
 from torch.func import functional_call
+from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten
 
 from inrun.errors import InrunError
@@ -68,6 +70,39 @@ def _without_mkldnn() -> Iterator[None]:
         mkldnn.set_flags(_enabled=enabled, _fp32_precision=None)  # type: ignore[no-untyped-call]
 
 
+def as_looked_up(q: Tensor, ids: Tensor, padding: int | None, by_frequency: bool) -> Tensor:
+    """q for an embedding's weight, whose gradient is not quite that of looking it up."""
+    if by_frequency:  # each row's gradient is divided by how often it was looked up in the call
+        q = q / torch.bincount(ids.flatten(), minlength=len(q)).clamp(min=1)[:, None].to(q.dtype)
+    if padding is not None:
+        q = q.clone()
+        q[padding] = 0  # the padding row receives no gradient, so it moves nothing
+    return q
+
+
+def _is_special(module: nn.Module) -> bool:
+    return isinstance(module, nn.Embedding) and (module.padding_idx is not None or module.scale_grad_by_freq)
+
+
+class _Embeddings(TorchFunctionMode):
+    """Inside the block an embedding's tangent is what belongs to its gradient."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is functional.embedding:
+            return _embedding(*args, **kwargs)
+        return func(*args, **kwargs)
+
+
+def _embedding(input: Tensor, weight: Tensor, padding_idx: int | None = None, *args: Any, **kwargs: Any) -> Tensor:
+    by_frequency = bool(args[2] if len(args) > 2 else kwargs.get("scale_grad_by_freq"))
+    primal, towards = forward_ad.unpack_dual(weight)  # type: ignore[no-untyped-call]
+    if towards is not None and (padding_idx is not None or by_frequency):
+        towards = as_looked_up(towards, input, padding_idx, by_frequency)
+        weight = forward_ad.make_dual(primal, towards)  # type: ignore[no-untyped-call]
+    return functional.embedding(input, weight, padding_idx, *args, **kwargs)
+
+
 def forward_mode(
     module: nn.Module,
     direction: Mapping[str, Tensor],
@@ -89,7 +124,8 @@ def forward_mode(
             parameter = own[name].detach()
             duals[name] = forward_ad.make_dual(parameter, towards.to(parameter.dtype))  # type: ignore[no-untyped-call]
         try:
-            output = run_again(module, duals, args, kwargs, before)
+            with _Embeddings() if any(map(_is_special, module.modules())) else nullcontext():
+                output = run_again(module, duals, args, kwargs, before)
         except NotImplementedError as error:
             raise NoForwardModeError(
                 f"{type(module).__name__}: one of its operators has no forward-mode derivative ({error}). Write a rule "
