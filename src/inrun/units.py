@@ -194,10 +194,13 @@ class Units:
         self._given_up.setdefault((module, p), why)
 
     def _names_in(self, module: nn.Module) -> dict[str, nn.Parameter]:
-        """The trained parameters of the module and of those inside it, by all of their names there."""
+        """The trained parameters of the module and of those inside it, by every place that holds them."""
         if module not in self._inside:
-            every = module.named_parameters(remove_duplicate=False)
-            self._inside[module] = {name: p for name, p in every if p in self._trained}
+            # each place once: functional_call leaves its own in a place that it is given by two names
+            places = ((path, n, p) for path, m in module.named_modules() for n, p in m._parameters.items())
+            self._inside[module] = {
+                f"{path}.{n}" if path else n: p for path, n, p in places if p is not None and p in self._trained
+            }
         return self._inside[module]
 
     def _rebuild(self) -> None:
