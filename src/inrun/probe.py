@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from inrun.errors import InrunError
 from inrun.gradient import same
 from inrun.inputs import Inputs
-from inrun.operations import Operations, Reads, drawn, tensors
+from inrun.operations import Operations, Reads, drawn, held, tensors
 from inrun.rows import Rows, Unknown, every_other, find_rows, shuffled, without_last
 from inrun.rows import same as same_rows
 from inrun.target import Evaluation
@@ -267,7 +267,7 @@ class _Recording:
         output_leaves, spec = tree_flatten(output)
         leaves = list(output_leaves)
         now = _Seen([x.detach() if isinstance(x, Tensor) else x for x in leaves])
-        if not tensors(leaves) and _held(tuple(leaves), {}):
+        if not tensors(leaves) and held(leaves):
             self.problems.setdefault(unit, _hidden(unit, leaves))
         given = [k for k, x in enumerate(leaves) if isinstance(x, nn.Parameter)]  # as it is: to be used elsewhere
         if given:
@@ -319,33 +319,15 @@ class _Unchanging:
         self._held: list[list[tuple[int, int]]] = []
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._held.append(_held(args, kwargs))
+        self._held.append(held((args, kwargs)))
 
     def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if self._held.pop() != _held(args, kwargs):
+        if self._held.pop() != held((args, kwargs)):
             self._problems[self._unit] = InrunError(
                 f"{self._unit.name}: it must be run again to value its parameters, but its call changes what it is "
                 "given: a tensor in place, or an object (a cache of keys and values: use_cache=False turns it off). Or "
                 "freeze the module (requires_grad_(False))."
             )
-
-
-def _held(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[int, int]]:
-    """The tensors among the arguments, and those that objects among them hold, and their versions."""
-    found: list[tuple[int, int]] = []
-
-    def look(x: Any, depth: int) -> None:
-        if isinstance(x, Tensor):
-            found.append((id(x), x._version))
-        elif depth and isinstance(x, list | tuple | dict):
-            for part in x.values() if isinstance(x, dict) else x:
-                look(part, depth - 1)
-        elif depth and hasattr(x, "__dict__") and not isinstance(x, type | nn.Module):
-            look(vars(x), depth - 1)
-
-    for leaf in tree_flatten((args, kwargs))[0]:
-        look(leaf, 8)
-    return found
 
 
 class _Comparison:

@@ -408,3 +408,58 @@ class Random(Layers):
 @pytest.mark.parametrize("training", [True, False])
 def test_numbers_may_be_drawn_in_eval_mode_too(training: bool) -> None:
     agrees(lambda: Random().train(training), [[vectors(5, seed)] for seed in range(2)], vectors(3, 90))
+
+
+class Repeated(nn.Module):
+    """One block, several times in its list of layers, and a weight that is read where it is not called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        block = nn.Sequential(nn.Linear(6, 6), nn.Tanh())
+        self.layers, self.head = nn.ModuleList([block] * 3), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        logits: Tensor = self.head(F.linear(x, self.layers[0][0].weight))  # type: ignore[index]
+        return logits
+
+
+def test_a_module_that_stands_in_several_places_keeps_its_parameters() -> None:
+    batches = [vectors(5, seed) for seed in range(3)]
+    trained(Repeated, batches, vectors(3, 90), class_losses)
+    agrees(Repeated, [[batch] for batch in batches], vectors(3, 90))
+    model = Repeated()
+    with Attributor(
+        model, SGD(model.parameters(), lr=0.1), {"t": batches[0]}, lambda m, b: class_losses(m, b).mean()
+    ) as attributor:
+        parameters = dict(model.named_parameters())
+        with attributor.batch(range(5)):
+            class_losses(model, batches[0]).mean().backward()
+        attributor.optimizers[0].step()
+        assert all(p is parameters[name] for name, p in model.named_parameters())
+
+
+def hooked() -> nn.Module:
+    inner = InPlace()
+    inner.forward = lambda x: x * inner.scale  # type: ignore[method-assign]
+    inner.register_forward_pre_hook(lambda module, args: (args[0] * 1.5 + 1,))
+    inner.register_forward_hook(lambda module, args, output: 2 * output + 1)
+    return Around(inner)
+
+
+def test_what_hooks_make_of_arguments_and_outputs_is_made_once() -> None:
+    agrees(hooked, [[vectors(5, seed)] for seed in range(2)], vectors(3, 90))
+
+
+class Scaling(Layers):
+    """Writes to the batch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.mul_(0.9))
+
+
+def test_a_target_that_is_written_to_is_told() -> None:
+    model = Scaling()
+    with pytest.raises(InrunError, match=r"^target 't': .* writes to the batch in place"):
+        Attributor(model, SGD(model.parameters(), 0.1), {"t": vectors(3, 9)}, lambda m, b: class_losses(m, b).mean())

@@ -1,6 +1,6 @@
 """The generic rule: forward-mode differentiation of one module with respect to its own parameters."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -48,8 +48,27 @@ def run_again(
 
     What its forward draws and finds is as `before`, if that is given; what it changes, buffers and attributes, is lost.
     """
-    with before.again(module) if before is not None else State(module).copied():
+    again = before.again(module) if before is not None else State(module).copied()
+    with again, _given(module):
         return functional_call(module, dict(own), args, kwargs, tie_weights=False)
+
+
+@contextmanager
+def _given(module: nn.Module) -> Iterator[None]:
+    """Inside the block the module takes its arguments as they are: what its hooks made of them once."""
+    kept = module._forward_pre_hooks
+
+    def without_result(hook: Callable[..., Any]) -> Callable[..., None]:
+        def call(*args: Any) -> None:
+            hook(*args)
+
+        return call
+
+    module._forward_pre_hooks = type(kept)((key, without_result(hook)) for key, hook in kept.items())
+    try:
+        yield
+    finally:
+        module._forward_pre_hooks = kept
 
 
 @contextmanager
