@@ -3,6 +3,7 @@
 The model is left as it was.
 """
 
+import re
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -48,9 +49,9 @@ class Found:
         """The units of which a call's output has no example dimension."""
         return list(dict.fromkeys(u for (u, _), of in self.rows.items() if any(map(_is_batchless, of))))
 
-    def only(self, unit: Unit) -> "Found":
-        """The same of one unit alone."""
-        return replace(self, rows={key: of for key, of in self.rows.items() if key[0] is unit})
+    def only(self, units: Collection[Unit]) -> "Found":
+        """The same of these units alone."""
+        return replace(self, rows={key: of for key, of in self.rows.items() if key[0] in units})
 
     def unled(self) -> "Found":
         """The same, with no leading dimension of one taken for the examples'."""
@@ -127,18 +128,25 @@ class Probe:
             except InrunError as error:
                 return f"fails ({error.__cause__ or error})"
 
-        for kind in (found, found.unled()):
+        kinds = [found] if found.unled() == found else [found, found.unled()]
+        for kind in kinds:
             if not expands(kind):
                 return kind, {}
-        problems = {}
+        problems: dict[Unit, InrunError] = {}
+        alike: dict[str, list[Unit]] = {}  # but for the numbers of layers: one run for all of them
         for unit in batchless:
-            problem = min(expands(kind) for kind in (found.only(unit), found.unled().only(unit)))
+            alike.setdefault(re.sub(r"\d+", "#", unit.name), []).append(unit)
+        for some in alike.values():
+            problem = min(expands(kind.only(some)) for kind in kinds)
             if problem:
-                problems[unit] = InrunError(
-                    f"{unit.name}: the output has no example dimension (one for all examples), and giving it one "
-                    f"{problem}. Add it to the examples' tensor as it is ([T, d] or [1, T, d]), and apply dropout or "
-                    "reshapes after that; or freeze the module (requires_grad_(False))."
-                )
+                problems |= {
+                    unit: InrunError(
+                        f"{unit.name}: the output has no example dimension (one for all examples), and giving it one "
+                        f"{problem}. Add it to the examples' tensor as it is ([T, d] or [1, T, d]), and apply dropout "
+                        "or reshapes after that; or freeze the module (requires_grad_(False))."
+                    )
+                    for unit in some
+                }
         together = InrunError(
             f"{', '.join(unit.name for unit in batchless)}: their outputs have no example dimension (one for all "
             "examples), and giving all of them one changes what the model computes. Freeze one of these modules "
@@ -198,7 +206,7 @@ class Probe:
             args, kwargs = inputs.reordered(carrying, order)
             evaluation = (self._as_it_is if train else self._evaluation)()
             with evaluation as state, torch.no_grad(), recording.of(self._units.all):
-                with recording.operations:
+                with recording.operations.keeping(self._model.parameters()), recording.operations:
                     recording.output = self._model(*args, **kwargs)
                 recording.moved = state.moved()
                 recording.random_state = torch.get_rng_state()
@@ -213,7 +221,21 @@ class Probe:
                 f"per example in dimension {inputs.batch_dim} were taken to hold the examples. If one of them does "
                 "not, begin with a batch of another size."
             ) from error
+        self._check_written(recording.operations.written, train)
         return recording
+
+    def _check_written(self, written: Sequence[nn.Parameter], train: bool) -> None:
+        """Raise InrunError if the forward would write to parameters when it is run for the target, or run again."""
+        again = [unit for unit in self._units.all if not unit.closed_form]
+        for name, p in self._model.named_parameters():
+            if any(p is x for x in written):
+                inside = [unit.name for unit in again if any(p is x for x in unit.module.parameters())]
+                if inside or (not train and not self._units.trains(p)):
+                    raise InrunError(
+                        f"{name}: the model's forward writes to this parameter, and must be run more often "
+                        f"({inside[0] + ' is run again' if inside else 'for the target'}). Do it outside of the "
+                        "forward, after optimizer.step(), or only in training mode."
+                    )
 
 
 class _Seen:

@@ -137,6 +137,10 @@ class Units:
             self._rebuild()
         return list(changed)
 
+    def trains(self, p: nn.Parameter) -> bool:
+        """Whether an optimizer moves the parameter."""
+        return p in self._trained
+
     def joined(self, once: Iterable[Unit]) -> tuple[list[Group], dict[nn.Parameter, int]]:
         """The groups, and the group of every parameter, with units that were some `once`, since which others were
         found.

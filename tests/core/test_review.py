@@ -78,7 +78,7 @@ def trained(build: Callable[[], nn.Module], batches: Sequence[Any], target: Any,
     for attached in (False, True):
         torch.manual_seed(0)
         model = build()
-        optimizer = SGD(model.parameters(), lr=0.1)
+        optimizer = SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
 
         def loss(model: nn.Module, batch: Any) -> Tensor:
             return losses(model, batch).mean()
@@ -241,7 +241,7 @@ class Noisy(Layers):
 
 
 def is_told(model: nn.Module, batches: Sequence[Any], modes: Callable[[int], object] = lambda step: None) -> bool:
-    optimizer = SGD(model.parameters(), lr=0.1)
+    optimizer = SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     attributor = Attributor(model, optimizer, {"t": vectors(3, 9)}, lambda m, b: class_losses(m, b).mean())
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -463,3 +463,68 @@ def test_a_target_that_is_written_to_is_told() -> None:
     model = Scaling()
     with pytest.raises(InrunError, match=r"^target 't': .* writes to the batch in place"):
         Attributor(model, SGD(model.parameters(), 0.1), {"t": vectors(3, 9)}, lambda m, b: class_losses(m, b).mean())
+
+
+class Momentum(Layers):
+    """A second encoder, which follows the first by steps that the forward makes."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.second, self.way = nn.Linear(6, 6).requires_grad_(False), way
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training or self.way == "always":
+            with torch.no_grad():
+                for p, q in zip(self.second.parameters(), self.first.parameters(), strict=True):
+                    if self.way == "data":
+                        p.data = 0.9 * p.data + 0.1 * q.data
+                    else:
+                        p.data.mul_(0.9).add_(q, alpha=0.1)
+        logits: Tensor = self.last(self.first(x).tanh() + self.second(x).tanh())
+        if self.way == "again":
+            logits = logits + F.linear(x, self.last.weight)
+        return logits
+
+
+@pytest.mark.parametrize("way", ["data", "in place"])
+def test_parameters_that_the_forward_moves_are_moved_once_a_step(way: str) -> None:
+    trained(lambda: Momentum(way), [vectors(5, seed) for seed in range(3)], vectors(3, 90), class_losses)
+
+
+@pytest.mark.parametrize("way", ["always", "again"])
+def test_a_forward_that_moves_parameters_where_it_is_run_more_often_is_told(way: str) -> None:
+    with pytest.raises(InrunError, match=r"^second\.weight: the model's forward writes to this parameter"):
+        trained(lambda: Momentum(way), [vectors(5, 0)], vectors(3, 90), class_losses)
+
+
+class Batchless(nn.Module):
+    """Layers whose weights are the output of a module for no example in particular, and are not to be expanded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(6, 6) for _ in range(12)])
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = F.linear(x, layer(torch.eye(6))).tanh()
+        logits: Tensor = self.head(x)
+        return logits
+
+
+def test_layers_that_are_alike_are_looked_at_together() -> None:
+    model, calls = Batchless(), 0
+
+    def count(*_: Any) -> None:
+        nonlocal calls
+        calls += 1
+
+    model.register_forward_pre_hook(count)
+    with Attributor(
+        model, SGD(model.parameters(), 0.1), {"t": vectors(3, 9)}, lambda m, b: class_losses(m, b).mean()
+    ) as attributor:
+        calls = 0
+        with attributor.batch(range(5)):
+            class_losses(model, vectors(5, 0)).mean().backward()
+        assert calls <= 15
+        attributor.optimizers[0].step()
