@@ -77,9 +77,9 @@ class Probe:
 
         Raises InrunError where rows cannot be told, of any module that could be the unit of a parameter.
         """
+        carrying, order = inputs.carrying(examples), shuffled(examples)
+        reads: Reads = defaultdict(dict)  # of all rounds: they do not hang on what the units are
         while True:
-            carrying, order = inputs.carrying(examples), shuffled(examples)
-            reads: Reads = defaultdict(dict)
             found, problems = self._rows(inputs, carrying, order, None if self._model.training else reads)
             if not problems:
                 found, problems = self._expandable(inputs, order, found)

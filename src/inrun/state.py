@@ -122,6 +122,8 @@ class _Of:
 
     def __init__(self, m: nn.Module) -> None:
         self.module, self.training, self.buffers = m, m.training, dict(m._buffers)
+        # what installs hooks in its first forward says so in an attribute
+        self.hooks = [(hooks, dict(hooks)) for hooks in (m._forward_hooks, m._forward_pre_hooks)]
         self.passing = set(m._non_persistent_buffers_set)  # buffers that are not saved
         self.attributes = {name: x for name, x in vars(m).items() if name not in _INTERNAL}
         self.inside = {name: leaves for name, x in self.attributes.items() if (leaves := _leaves(x)) is not None}
@@ -165,6 +167,10 @@ class _Of:
         m = self.module
         m.training = self.training
         m._non_persistent_buffers_set = self.passing
+        for hooks, then in self.hooks:
+            if list(hooks) != list(then):
+                hooks.clear()
+                hooks.update(then)
         for generator, state in self._generators:
             _set_state(generator, state)
         if copies is not None or self.replaced():

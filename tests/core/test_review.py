@@ -528,3 +528,25 @@ def test_layers_that_are_alike_are_looked_at_together() -> None:
             class_losses(model, vectors(5, 0)).mean().backward()
         assert calls <= 15
         attributor.optimizers[0].step()
+
+
+class Watching(Layers):
+    """Installs a hook in its first forward, and remembers that it did."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = 0
+
+    def between(self, x: Tensor) -> Tensor:
+        if not getattr(self, "installed", False):
+            self.first.register_forward_hook(self.see)
+            self.installed = True
+        return F.linear(x, self.first.weight) * (1 + 0.1 * self.seen)
+
+    def see(self, *_: Any) -> None:
+        self.seen += 1
+
+
+def test_hooks_that_a_forward_installs_are_installed_once() -> None:
+    batches = [vectors(5, seed) for seed in range(3)]
+    trained(Watching, batches, vectors(3, 90), class_losses)
