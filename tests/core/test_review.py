@@ -541,10 +541,11 @@ class Watching(Layers):
         if not getattr(self, "installed", False):
             self.first.register_forward_hook(self.see)
             self.installed = True
-        return F.linear(x, self.first.weight) * (1 + 0.1 * self.seen)
+        self.seen = sum(hook == self.see for hook in self.first._forward_hooks.values())
+        return F.linear(x, self.first.weight) * self.seen
 
     def see(self, *_: Any) -> None:
-        self.seen += 1
+        """It stands for one that collects outputs."""
 
 
 def test_hooks_that_a_forward_installs_are_installed_once() -> None:
