@@ -551,3 +551,86 @@ class Watching(Layers):
 def test_hooks_that_a_forward_installs_are_installed_once() -> None:
     batches = [vectors(5, seed) for seed in range(3)]
     trained(Watching, batches, vectors(3, 90), class_losses)
+
+
+# --- what is refused, though people train it: each test is of a model that should be valued one day
+
+
+class Auxiliary(Layers):
+    """A second head that is there in training only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.other = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x).tanh()
+        logits: Tensor = self.last(y)
+        return logits + 0.3 * self.other(y) if self.training else logits
+
+
+class Chunks(nn.Module):
+    """Longer texts are cut into pieces, which stand in the batch dimension."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.layer, self.head = nn.Embedding(VOCABULARY, 8), nn.Linear(8, 8), nn.Linear(8, VOCABULARY)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embedding(ids)
+        y = x if ids.shape[1] <= 4 else x.reshape(-1, 4, 8)
+        logits: Tensor = self.head(self.layer(y).tanh().view(x.shape))
+        return logits
+
+
+class Stash(nn.Module):
+    """Computes something of its weight that is used elsewhere, not by its output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.squared = self.weight.square()
+        return x
+
+
+class Stashing(Layers):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stash = Stash()
+
+    def between(self, x: Tensor) -> Tensor:
+        y: Tensor = self.stash(x) * self.stash.squared
+        return y.tanh()
+
+
+class Listed(Layers):
+    """A weight that is reached by a plain list, where it cannot be replaced."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights = [self.first.weight]
+
+    def between(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weights[0]).tanh()
+
+
+@pytest.mark.xfail(strict=True, raises=InrunError, reason="rows are found in eval mode, in which it is not called")
+def test_a_head_that_is_there_in_training_only() -> None:
+    agrees(Auxiliary, [[vectors(5, 0)]], vectors(3, 90))
+
+
+@pytest.mark.xfail(strict=True, raises=InrunError, reason="what was found for one length is used for all")
+def test_a_layout_that_hangs_on_the_length() -> None:
+    agrees(Chunks, [[words(5, 0, 4)], [words(5, 1, 8)]], words(3, 90, 4), next_words)
+
+
+@pytest.mark.xfail(strict=True, raises=InrunError, reason="the use is seen, but not that it leaves by an attribute")
+def test_what_leaves_a_module_by_an_attribute() -> None:
+    agrees(Stashing, [[vectors(5, 0)]], vectors(3, 90))
+
+
+@pytest.mark.xfail(strict=True, raises=InrunError, reason="functional_call puts nothing in a list")
+def test_a_weight_in_a_plain_list() -> None:
+    agrees(Listed, [[vectors(5, 0)]], vectors(3, 90))
