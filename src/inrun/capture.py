@@ -130,23 +130,25 @@ class Capture:
         examples = self._open.examples
         inputs = Inputs(args, kwargs, self._batch_dim)
         carrying = inputs.carrying(examples)
-        found = self._found.get(inputs.signature)
+        modes = tuple(m.training for m in model.modules())
+        signature, exact = (modes, inputs.signature), (modes, inputs.exact())
+        found = self._found.get(signature)
         if found is not None and found.merged:
-            found = self._found.get(inputs.exact())
+            found = self._found.get(exact)
         if not carrying:
             raise InrunError(
                 f"{examples} ids were given, but the model is called with inputs of shape {inputs.shapes()}: their "
                 f"dimension {self._batch_dim} should hold {examples} examples. Give one id per example; if another "
                 "dimension holds them, say batch_dim= to the Attributor."
             )
-        if found is None or not set(found.carrying) <= set(carrying):
+        if found is None or not set(found.carrying) <= set(carrying) or (found.alone and examples > 1):
             if len(self._found) >= _MOST_FOUND:
                 self._found.clear()
             found = self._probe.find(inputs, examples)
             if list(self._hooks) != self._units.all:
                 self._found.clear()
                 self._attach()
-            self._found[inputs.signature] = self._found[inputs.exact()] = found
+            self._found[signature] = self._found[exact] = found
             self._lay_out()
             self._warn(found)
         if not found.moving:  # or a target would be met as it is before the forward by one kernel, after it by others
@@ -413,7 +415,8 @@ class Capture:
                 on_gradient(leaf, hook)
             else:
                 # a view of its own, so that the gradient is this output's alone where one output is made of another
-                leaves[k] = leaf.view_as(leaf)
+                # (of its own memory, if it is worked on in place, which takes the hooks of a view away)
+                leaves[k] = leaf.clone() if (unit, index) in self._now.written else leaf.view_as(leaf)
                 leaves[k].register_hook(hook)
         if formed:
             return leaves[0]

@@ -1,7 +1,7 @@
 """The operations of a forward pass, seen one by one: their shapes, the parameters they use, the numbers they draw."""
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -43,6 +43,9 @@ class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._reads, self._still = reads, still
         self._stack: list[nn.Module] = []
         self._paused = False
+        self.written: list[nn.Parameter] = []
+        self._places: dict[int, nn.Parameter] = {}
+        self._saved: dict[nn.Parameter, Tensor] = {}
         self._handles: list[RemovableHandle] = []
 
     def __enter__(self) -> "Operations":
@@ -83,7 +86,8 @@ class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return func(*args, **kwargs)
         name = func.overloadpacket.__name__
         given = tensors((args, kwargs))
-        if self._reads is not None and name not in _ASIDE:
+        updating = func._schema.is_mutable and self._save(func._schema.arguments, args, kwargs)
+        if self._reads is not None and name not in _ASIDE and not updating:
             for x in given:
                 if isinstance(x, nn.Parameter):
                     self._reads[x][tuple(self._stack)] = None
@@ -93,12 +97,45 @@ class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.seen.append((str(func), [x.shape for x in tensors(output)]))
         return output
 
+    def _save(self, wanted: Any, args: Any, kwargs: Any) -> bool:
+        """Keep a copy of the parameters that are about to be written to, and say whether there are any."""
+        found = False
+        for k, argument in enumerate(wanted):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                for x in tensors(args[k] if k < len(args) else kwargs.get(argument.name)):
+                    p = self._places.get(x.data_ptr())
+                    found |= p is not None
+                    if p is not None and p not in self._saved:
+                        self._saved[p] = p.detach().clone()
+        return found
+
+    @contextmanager
+    def keeping(self, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+        """Have the parameters as they were after the block, whatever the model writes to them; `written` are these."""
+        memory = {p: p.data for p in parameters}
+        self._places = {p.data_ptr(): p for p in memory}
+        try:
+            yield
+        finally:
+            for p, data in memory.items():
+                if p.data_ptr() != data.data_ptr():
+                    self.written.append(p)
+                    p.data = data
+            for p, copy in self._saved.items():
+                if not torch.equal(p.data, copy):
+                    self.written.append(p)
+                    p.data.copy_(copy)
+            self._places, self._saved = {}, {}
+
     def _random(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
         if self._still and name in _MEAN and not any(isinstance(x, Tensor) for x in args[1:]):
             return args[0].fill_(_MEAN[name](*args[1:], **kwargs))
         if self._still and name == "native_dropout":
             return args[0].clone(), torch.ones_like(args[0], dtype=torch.bool)
         output = func(*args, **kwargs)
+        if self._still and name == "randint":
+            low, high = args[:2] if isinstance(args[1], int) else (0, args[0])
+            return output.fill_((low + high) // 2)
         if self._still and name in _MEANS:
             return output.fill_(_MEANS[name])
         self.drew = True
@@ -117,3 +154,21 @@ def drawn() -> tuple[object, ...]:
 
 def tensors(tree: Any) -> list[Tensor]:
     return [leaf for leaf in tree_flatten(tree)[0] if isinstance(leaf, Tensor)]
+
+
+def held(tree: Any) -> list[tuple[int, int]]:
+    """The tensors in a tree, and those that objects in it hold, and their versions."""
+    found: list[tuple[int, int]] = []
+
+    def look(x: Any, depth: int) -> None:
+        if isinstance(x, Tensor):
+            found.append((id(x), 0 if x.is_inference() else x._version))
+        elif depth and isinstance(x, list | tuple | dict):
+            for part in x.values() if isinstance(x, dict) else x:
+                look(part, depth - 1)
+        elif depth and hasattr(x, "__dict__") and not isinstance(x, type | nn.Module):
+            look(vars(x), depth - 1)
+
+    for leaf in tree_flatten(tree)[0]:
+        look(leaf, 8)
+    return found

@@ -3,6 +3,7 @@
 The model is left as it was.
 """
 
+import re
 import warnings
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -18,8 +19,8 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from inrun.errors import InrunError
 from inrun.gradient import same
 from inrun.inputs import Inputs
-from inrun.operations import Operations, Reads, drawn, tensors
-from inrun.rows import Rows, Unknown, find_rows, shuffled, without_last
+from inrun.operations import Operations, Reads, drawn, held, tensors
+from inrun.rows import Rows, Unknown, every_other, find_rows, shuffled, without_last
 from inrun.rows import same as same_rows
 from inrun.target import Evaluation
 from inrun.timeline import Time
@@ -37,6 +38,8 @@ class Found:
     counted: bool  # an operation chose entries by their values, so that the examples may have different numbers of them
     outputs: tuple[int | None, ...] = ()  # of the model's output, leaf by leaf the dimension that holds the examples
     mixed: str = ""  # where the examples of a batch were first seen to be mixed
+    written: frozenset[tuple[Unit, int]] = frozenset()  # calls whose outputs the model works on in place
+    alone: bool = False  # on one example, which does not tell what is mixed
     moving: bool = False  # the forward in train mode changes what the model holds besides its parameters
     times: Mapping[tuple[Unit, int], tuple[Time | None, ...]] | None = None  # where its tokens stand in every output
 
@@ -49,9 +52,9 @@ class Found:
         """The units of which a call's output has no example dimension."""
         return list(dict.fromkeys(u for (u, _), of in self.rows.items() if any(map(_is_batchless, of))))
 
-    def only(self, unit: Unit) -> "Found":
-        """The same of one unit alone."""
-        return replace(self, rows={key: of for key, of in self.rows.items() if key[0] is unit})
+    def only(self, units: Collection[Unit]) -> "Found":
+        """The same of these units alone."""
+        return replace(self, rows={key: of for key, of in self.rows.items() if key[0] in units})
 
     def unled(self) -> "Found":
         """The same, with no leading dimension of one taken for the examples'."""
@@ -77,9 +80,9 @@ class Probe:
 
         Raises InrunError where rows cannot be told, of any module that could be the unit of a parameter.
         """
+        carrying, order = inputs.carrying(examples), shuffled(examples)
+        reads: Reads = defaultdict(dict)  # of all rounds: they do not hang on what the units are
         while True:
-            carrying, order = inputs.carrying(examples), shuffled(examples)
-            reads: Reads = defaultdict(dict)
             found, problems = self._rows(inputs, carrying, order, None if self._model.training else reads)
             if not problems:
                 found, problems = self._expandable(inputs, order, found)
@@ -94,18 +97,20 @@ class Probe:
         """The rows of every output, and of which units they cannot be told."""
         examples, counted = len(order) - 1, False
         while True:
-            plain = self._run(inputs, carrying, torch.arange(examples))
+            plain = self._run(inputs, carrying, torch.arange(examples), still=True)
             counted |= plain.operations.counted
             judge = _Rows(order, inputs.merges(carrying) if counted else None, self._model, plain.problems)
             comparison = _Comparison(plain.seen, judge)
-            again = self._run(inputs, carrying, order, reads, comparison=comparison)
+            again = self._run(inputs, carrying, order, reads, still=True, comparison=comparison)
             if counted or not again.operations.counted:
                 break
             counted = True
         comparison.finish()
         outputs = _example_dims(plain.output, again.output, order)
         mixed = _mixed_output(plain.output, again.output, outputs, order)
-        return Found(judge.rows, tuple(carrying), counted, outputs, mixed), judge.problems
+        written = frozenset(comparison.written)
+        found = Found(judge.rows, tuple(carrying), counted, outputs, mixed, written=written, alone=examples == 1)
+        return found, judge.problems
 
     def outputs(self, inputs: Inputs, carrying: Sequence[int], examples: int) -> dict[tuple[Unit, int], list[Any]]:
         """What every unit puts out on these inputs in eval mode, by call."""
@@ -131,18 +136,25 @@ class Probe:
             except InrunError as error:
                 return f"fails ({error.__cause__ or error})"
 
-        for kind in (found, found.unled()):
+        kinds = [found] if found.unled() == found else [found, found.unled()]
+        for kind in kinds:
             if not expands(kind):
                 return kind, {}
-        problems = {}
+        problems: dict[Unit, InrunError] = {}
+        alike: dict[str, list[Unit]] = {}  # but for the numbers of layers: one run for all of them
         for unit in batchless:
-            problem = min(expands(kind) for kind in (found.only(unit), found.unled().only(unit)))
+            alike.setdefault(re.sub(r"\d+", "#", unit.name), []).append(unit)
+        for some in alike.values():
+            problem = min(expands(kind.only(some)) for kind in kinds)
             if problem:
-                problems[unit] = InrunError(
-                    f"{unit.name}: the output has no example dimension (one for all examples), and giving it one "
-                    f"{problem}. Add it to the examples' tensor as it is ([T, d] or [1, T, d]), and apply dropout or "
-                    "reshapes after that; or freeze the module (requires_grad_(False))."
-                )
+                problems |= {
+                    unit: InrunError(
+                        f"{unit.name}: the output has no example dimension (one for all examples), and giving it one "
+                        f"{problem}. Add it to the examples' tensor as it is ([T, d] or [1, T, d]), and apply dropout "
+                        "or reshapes after that; or freeze the module (requires_grad_(False))."
+                    )
+                    for unit in some
+                }
         together = InrunError(
             f"{', '.join(unit.name for unit in batchless)}: their outputs have no example dimension (one for all "
             "examples), and giving all of them one changes what the model computes. Freeze one of these modules "
@@ -162,10 +174,26 @@ class Probe:
         again = self._run(inputs, carrying, order, reads, train=True, still=True, comparison=comparison)
         comparison.finish()
         found = replace(found, moving=plain.moved)
-        if plain.drew or again.drew:
-            return found  # what is random may be mixed or not: it cannot be told
         mixed = judge.mixed or _mixed_output(plain.output, again.output, found.outputs, order)
+        if mixed and (plain.drew or again.drew):
+            mixed = self._mixed_in_place(inputs, examples, found)
         return replace(found, mixed=found.mixed or mixed)
+
+    def _mixed_in_place(self, inputs: Inputs, examples: int, found: Found) -> str:
+        """Where examples are mixed in a forward that draws numbers: those that stay in their places, with the numbers
+        that they had, come out otherwise if others are changed.
+
+        Where other examples make it draw another number of them, it cannot be told.
+        """
+        order, staying = every_other(examples)
+        plain = self._run(inputs, list(found.carrying), torch.arange(examples), train=True, still=True)
+        judge = _Mixed(order, found, staying)
+        comparison = _Comparison(plain.seen, judge)
+        again = self._run(inputs, list(found.carrying), order, train=True, still=True, comparison=comparison)
+        comparison.finish()
+        if again.drawn_to != plain.drawn_to:
+            return ""
+        return judge.mixed or _mixed_output(plain.output, again.output, found.outputs, order, staying)
 
     def _run(
         self,
@@ -188,11 +216,12 @@ class Probe:
             told = warnings.catch_warnings()  # what a forward warns of without gradients is not the user's doing
             with evaluation as state, torch.no_grad(), recording.of(self._units.all), told:
                 warnings.simplefilter("ignore")
-                with recording.operations:
+                with recording.operations.keeping(self._model.parameters()), recording.operations:
                     recording.output = self._model(*args, **kwargs)
                 recording.moved = state.moved()
                 recording.random_state = torch.get_rng_state()
-                recording.drew |= recording.operations.drew or drawn() != before
+                recording.drawn_to = (recording.random_state.tolist(), drawn(), state.drawn())
+                recording.drew |= recording.operations.drew or drawn() != before or state.drew()
         except InrunError:
             raise
         except Exception as error:
@@ -202,7 +231,21 @@ class Probe:
                 f"per example in dimension {inputs.batch_dim} were taken to hold the examples. If one of them does "
                 "not, begin with a batch of another size."
             ) from error
+        self._check_written(recording.operations.written, train)
         return recording
+
+    def _check_written(self, written: Sequence[nn.Parameter], train: bool) -> None:
+        """Raise InrunError if the forward would write to parameters when it is run for the target, or run again."""
+        again = [unit for unit in self._units.all if not unit.closed_form]
+        for name, p in self._model.named_parameters():
+            if any(p is x for x in written):
+                inside = [unit.name for unit in again if any(p is x for x in unit.module.parameters())]
+                if inside or (not train and not self._units.trains(p)):
+                    raise InrunError(
+                        f"{name}: the model's forward writes to this parameter, and must be run more often "
+                        f"({inside[0] + ' is run again' if inside else 'for the target'}). Do it outside of the "
+                        "forward, after optimizer.step(), or only in training mode."
+                    )
 
 
 class _Seen:
@@ -230,6 +273,7 @@ class _Recording:
     output: Any = None
     random_state: Tensor | None = None
     drew: bool = False  # random numbers that differ from example to example
+    drawn_to: object = None  # where the generators were at the end
     moved: bool = False  # buffers, or tensors that are attributes
 
     @contextmanager
@@ -255,6 +299,8 @@ class _Recording:
         output_leaves, spec = tree_flatten(output)
         leaves = list(output_leaves)
         now = _Seen([x.detach() if isinstance(x, Tensor) else x for x in leaves])
+        if not tensors(leaves) and held(leaves):
+            self.problems.setdefault(unit, _hidden(unit, leaves))
         given = [k for k, x in enumerate(leaves) if isinstance(x, nn.Parameter)]  # as it is: to be used elsewhere
         if given:
             with self.operations.paused():
@@ -288,6 +334,15 @@ class _Recording:
         )
 
 
+def _hidden(unit: Unit, leaves: Sequence[Any]) -> InrunError:
+    kinds = ", ".join(dict.fromkeys(type(x).__name__ for x in leaves))
+    return InrunError(
+        f"{unit.name}: it puts out an object in which its tensors cannot be seen ({kinds}). Have it return a tensor, a "
+        "tuple or a dict; or, of a dataclass, call torch.utils._pytree.register_dataclass() or "
+        "register_pytree_node(). Or freeze the module (requires_grad_(False))."
+    )
+
+
 class _Unchanging:
     """Hooks that see whether a unit's call changes an object that it is given, so that it cannot be run again on it."""
 
@@ -296,34 +351,15 @@ class _Unchanging:
         self._held: list[list[tuple[int, int]]] = []
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._held.append(_held(args, kwargs))
+        self._held.append(held((args, kwargs)))
 
     def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if self._held.pop() != _held(args, kwargs):
+        if self._held.pop() != held((args, kwargs)):
             self._problems[self._unit] = InrunError(
-                f"{self._unit.name}: it must be run again to value its parameters, but its call changes an object that "
-                "it is given (a cache of keys and values: use_cache=False turns it off). Or freeze the module "
-                "(requires_grad_(False))."
+                f"{self._unit.name}: it must be run again to value its parameters, but its call changes what it is "
+                "given: a tensor in place, or an object (a cache of keys and values: use_cache=False turns it off). Or "
+                "freeze the module (requires_grad_(False))."
             )
-
-
-def _held(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[int, int]]:
-    """The tensors that are held by objects among the arguments, and their versions."""
-    found: list[tuple[int, int]] = []
-
-    def look(x: Any, depth: int) -> None:
-        if isinstance(x, Tensor):
-            found.append((id(x), x._version))
-        elif depth and isinstance(x, list | tuple | dict):
-            for part in x.values() if isinstance(x, dict) else x:
-                look(part, depth - 1)
-        elif depth and hasattr(x, "__dict__") and not isinstance(x, type | nn.Module):
-            look(vars(x), depth - 1)
-
-    for leaf in tree_flatten((args, kwargs))[0]:
-        if not isinstance(leaf, Tensor):
-            look(leaf, 8)
-    return found
 
 
 class _Comparison:
@@ -335,6 +371,7 @@ class _Comparison:
     def __init__(self, plain: dict[tuple[Unit, int], _Seen], judge: "_Rows | _Mixed") -> None:
         self._plain, self._judge = plain, judge
         self._later: list[tuple[Unit, int, _Seen, list[Any]]] = []  # what the model worked on in place
+        self.written: list[tuple[Unit, int]] = []
 
     def see(self, unit: Unit, index: int, again: list[Any]) -> None:
         """A unit's output of the second forward."""
@@ -348,6 +385,7 @@ class _Comparison:
 
     def finish(self) -> None:
         """The second run is over."""
+        self.written = [(unit, index) for unit, index, *_ in self._later]
         for unit, index, plain, again in self._later:
             self._judge.see(unit, index, plain.leaves, again)
         for unit, _ in self._plain:
@@ -403,8 +441,9 @@ class _Rows:
 class _Mixed:
     """Finds the first unit whose output for one example depends on the others."""
 
-    def __init__(self, order: Tensor, found: Found) -> None:
-        self._order, self._found = order, found
+    def __init__(self, order: Tensor, found: Found, only: Tensor | None = None) -> None:
+        """`only`: of the examples in these places."""
+        self._order, self._found, self._only = order, found, only
         self.mixed = ""
 
     def missed(self, unit: Unit) -> None:
@@ -415,7 +454,12 @@ class _Mixed:
         for x, y, r in zip(plain, again, self._found.rows.get((unit, index), ()), strict=False):
             if self.mixed or not isinstance(r, Rows) or not r.fits(x, examples):
                 continue
-            if not same_rows(r.reordered(x, self._order, examples), y):
+            if r.dim is None and self._only is not None:
+                continue  # what is random may differ
+            x = r.reordered(x, self._order, examples)
+            if self._only is not None and y.shape == x.shape:
+                x, y = (r.reordered(z, self._only, examples) for z in (x, y))
+            if not same_rows(x, y):
                 self.mixed = unit.name
 
 
@@ -431,11 +475,15 @@ def _example_dims(plain: Any, again: Any, order: Tensor) -> tuple[int | None, ..
     return tuple(found)
 
 
-def _mixed_output(plain: Any, again: Any, dims: Sequence[int | None], order: Tensor) -> str:
-    """Says so if some of a model's output for one example depends on the others."""
+def _mixed_output(plain: Any, again: Any, dims: Sequence[int | None], order: Tensor, only: Tensor | None = None) -> str:
+    """Says so if some of a model's output for one example (of those in the places `only`) depends on the others."""
     for x, y, d in zip(tensors(plain), tensors(again), dims, strict=False):
-        if d is not None and x.ndim == y.ndim and not same_rows(x.index_select(d, order.to(x.device)), y):
-            return "the model's output"
+        if d is not None and x.ndim == y.ndim:
+            x = x.index_select(d, order.to(x.device))
+            if only is not None and x.shape == y.shape:
+                x, y = (z.index_select(d, only.to(z.device)) for z in (x, y))
+            if not same_rows(x, y):
+                return "the model's output"
     return ""
 
 

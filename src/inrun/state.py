@@ -1,13 +1,14 @@
 """What a forward pass depends on and may change, besides parameters, as it was at one time.
 
 Random generators; and what modules hold in buffers and attributes: running statistics, a recurrent layer's state kept
-for the next call, a power iteration.
+for the next call, a power iteration, the length up to which a table was made, a count of calls.
 """
 
 import random
 import time
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -57,28 +58,77 @@ _INTERNAL = vars(nn.Module()).keys()
 _NONE = object()
 
 
+_CONTAINERS = (list, tuple, dict, OrderedDict, defaultdict, deque)
+_PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.Size, torch.dtype, torch.device, np.generic)
+_Generator = torch.Generator | np.random.Generator | np.random.RandomState | random.Random
+
+
 def _leaves(x: Any) -> list[Any] | None:
     """What a list, tuple or dict holds, or a tensor by itself; None of anything else."""
-    return tree_flatten(x)[0] if type(x) in (list, tuple, dict) else [x] if isinstance(x, Tensor) else None
+    return tree_flatten(x)[0] if type(x) in _CONTAINERS else [x] if isinstance(x, Tensor) else None
+
+
+def _alike(x: Any, y: Any) -> bool:
+    return x is y or (isinstance(x, _PLAIN) and type(x) is type(y) and bool(x == y))
 
 
 def _same(these: Sequence[Any] | None, those: Sequence[Any] | None) -> bool:
     if these is None or those is None:
         return these is those
-    return len(these) == len(those) and all(x is y for x, y in zip(these, those, strict=True))
+    return len(these) == len(those) and all(map(_alike, these, those))
+
+
+def _fill(x: Any, parts: Any) -> Any:
+    """The container with other parts; itself, where that can be, since another may hold it too."""
+    if isinstance(x, dict):
+        x.clear()
+        x.update(parts)
+    elif isinstance(x, list | deque):
+        x.clear()
+        x.extend(parts)
+    else:
+        return parts
+    return x
+
+
+def _state_of(generator: _Generator) -> Any:
+    if isinstance(generator, torch.Generator):
+        return generator.get_state()
+    if isinstance(generator, np.random.Generator):
+        return generator.bit_generator.state
+    return generator.getstate() if isinstance(generator, random.Random) else generator.get_state()
+
+
+def _set_state(generator: _Generator, state: Any) -> None:
+    if isinstance(generator, torch.Generator):
+        generator.set_state(state)
+    elif isinstance(generator, np.random.Generator):
+        generator.bit_generator.state = state
+    elif isinstance(generator, random.Random):
+        generator.setstate(state)
+    else:
+        generator.set_state(state)
+
+
+def _written_out(state: Any) -> str:
+    """The state of a generator, to be compared."""
+    return str([x.tolist() if isinstance(x, Tensor | np.ndarray) else x for x in tree_flatten(state)[0]])
 
 
 class _Of:
-    """What one module holds: its mode, its buffers, and its attributes that are tensors, or lists, tuples and dicts
-    with some.
+    """What one module holds: its mode, its buffers, and its attributes: tensors, numbers, words, generators, and lists,
+    tuples and dicts of them. An object of another kind is not looked into.
     """
 
     def __init__(self, m: nn.Module) -> None:
         self.module, self.training, self.buffers = m, m.training, dict(m._buffers)
+        # what installs hooks in its first forward says so in an attribute
+        self.hooks = [(hooks, dict(hooks)) for hooks in (m._forward_hooks, m._forward_pre_hooks)]
         self.passing = set(m._non_persistent_buffers_set)  # buffers that are not saved
         self.attributes = {name: x for name, x in vars(m).items() if name not in _INTERNAL}
         self.inside = {name: leaves for name, x in self.attributes.items() if (leaves := _leaves(x)) is not None}
         self._specs = {name: tree_flatten(self.attributes[name])[1] for name in self.inside}
+        self._generators = [(x, _state_of(x)) for x in self.attributes.values() if isinstance(x, _Generator)]
 
     def tensors(self) -> list[Tensor]:
         """All that it holds."""
@@ -92,20 +142,37 @@ class _Of:
         return gone or ([] if now.keys() == self.buffers.keys() else [None])
 
     def changed(self) -> list[str]:
-        """The names of attributes that hold, or held, other tensors."""
+        """The names of attributes that are, or hold, something else than they did."""
         now = {name: x for name, x in vars(self.module).items() if name not in _INTERNAL}
         found = []
         for name in {**self.attributes, **now}:
-            here, then = _leaves(now.get(name)), self.inside.get(name)
-            if not _same(here, then) and any(isinstance(x, Tensor) for x in (*(here or ()), *(then or ()))):
+            was, is_ = self.attributes.get(name, _NONE), now.get(name, _NONE)
+            if not any(isinstance(x, (*_PLAIN, *_CONTAINERS, Tensor)) for x in (was, is_)):
+                continue
+            then, here = self.inside.get(name), _leaves(is_)
+            if not (_alike(was, is_) if then is None and here is None else _same(here, then)):
                 found.append(name)
         return found
 
-    def put_back(self, copies: Mapping[int, Tensor] | None = None) -> None:
-        """Have all of it there again; or copies of it."""
+    def drawn(self) -> list[str]:
+        """Where the generators that it holds are now."""
+        return [_written_out(_state_of(x)) for x, _ in self._generators]
+
+    def drew(self) -> bool:
+        """Whether numbers were drawn from a generator that it holds."""
+        return self.drawn() != [_written_out(state) for _, state in self._generators]
+
+    def put_back(self, copies: Mapping[int, Tensor] | None = None, filled: dict[int, Any] | None = None) -> None:
+        """Have all of it there again; or copies of it, those of containers that several modules hold in `filled`."""
         m = self.module
         m.training = self.training
         m._non_persistent_buffers_set = self.passing
+        for hooks, then in self.hooks:
+            if list(hooks) != list(then):
+                hooks.clear()
+                hooks.update(then)
+        for generator, state in self._generators:
+            _set_state(generator, state)
         if copies is not None or self.replaced():
             buffers = {name: (copies or {}).get(id(x), x) for name, x in self.buffers.items()}
             m._buffers.clear()
@@ -118,7 +185,15 @@ class _Of:
             if name in self.inside and (copies is not None or not _same(_leaves(x), self.inside[name])):
                 # in other memory, or it was worked on in place
                 leaves = [(copies or {}).get(id(leaf), leaf) for leaf in self.inside[name]]
-                x = leaves[0] if isinstance(x, Tensor) else tree_unflatten(leaves, self._specs[name])
+                if isinstance(x, Tensor):
+                    x = leaves[0]
+                elif copies is None:
+                    x = _fill(x, tree_unflatten(leaves, self._specs[name]))
+                elif filled is not None and id(x) in filled:
+                    x = filled[id(x)]
+                else:
+                    parts = tree_unflatten(leaves, self._specs[name])
+                    x = parts if filled is None else filled.setdefault(id(x), parts)
             vars(m)[name] = x
 
 
@@ -129,7 +204,7 @@ class State:
         self._of = [_Of(m) for m in module.modules()]
         # what has a graph is a result: the next forward makes another
         held = [x for of in self._of for x in of.tensors() if x.is_leaf]
-        self._copies = {id(x): (x, x._version, x.detach().clone()) for x in held}
+        self._copies = {id(x): (x, _version(x), x.detach().clone()) for x in held}
 
     def restore(self) -> None:
         """Have everything as it was: what a forward wrote to, replaced, made or took away."""
@@ -140,11 +215,19 @@ class State:
                 x.copy_(self._copies[id(x)][2])
 
     def _written(self) -> list[Tensor]:
-        return [x for x, version, _ in self._copies.values() if x._version != version]
+        return [x for x, version, _ in self._copies.values() if _version(x) != version]
 
     def unchanged(self) -> bool:
-        """Whether the tensors are still as they were."""
-        return not self._written() and not any(of.replaced() or of.changed() for of in self._of)
+        """Whether all is still as it was."""
+        return not self._written() and not any(of.replaced() or of.changed() or of.drew() for of in self._of)
+
+    def drawn(self) -> list[list[str]]:
+        """Where the generators that modules hold are now."""
+        return [of.drawn() for of in self._of]
+
+    def drew(self) -> bool:
+        """Whether numbers were drawn from generators that modules hold."""
+        return any(of.drew() for of in self._of)
 
     def moved(self) -> bool:
         """Whether a tensor that was there was written to, or replaced by another."""
@@ -157,8 +240,9 @@ class State:
         """Inside the block the tensors are as they were, on copies: what is written there is lost."""
         now = [_Of(of.module) for of in self._of]
         copies = {key: copy.clone() for key, (_, _, copy) in self._copies.items()}
+        filled: dict[int, Any] = {}
         for of in self._of:
-            of.put_back(copies)
+            of.put_back(copies, filled)
         try:
             yield
         finally:
@@ -166,11 +250,15 @@ class State:
                 of.put_back()
 
 
+def _version(x: Tensor) -> int:
+    return 0 if x.is_inference() else x._version  # which nobody can write to
+
+
 class Before:
     """What a call of a module finds: random states, buffers and attributes."""
 
     def __init__(self, module: nn.Module) -> None:
-        self._random = RandomState(module) if module.training else None
+        self._random = RandomState(module)
         self._state: State | None = State(module)
         self.seconds, self._begun = 0.0, time.perf_counter()
 
@@ -183,5 +271,5 @@ class Before:
     @contextmanager
     def again(self, module: nn.Module) -> Iterator[None]:
         """All of it as the call found it; what is changed inside the block is lost."""
-        with self._random.replayed() if self._random else nullcontext(), (self._state or State(module)).copied():
+        with self._random.replayed(), (self._state or State(module)).copied():
             yield

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from inrun.errors import InrunError, NonFiniteError
+from inrun.operations import held
 from inrun.state import State, preserved_random_state
 from inrun.tangent.generic import plain_kernels
 
@@ -161,7 +162,14 @@ class Target:
         return value
 
     def _checked(self, step: int) -> Tensor:
-        loss = self._loss(self._evaluation.called, self.batches[self._place(step)])
+        batch = self.batches[self._place(step)]
+        before = dict(held(batch))
+        loss = self._loss(self._evaluation.called, batch)
+        if any(before.get(x, version) != version for x, version in held(batch)):
+            raise InrunError(
+                f"target {self.name!r}: loss(model, batch) writes to the batch in place, which would be another one "
+                "when it is used again. Use the out-of-place operation, or a clone()."
+            )
         if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.is_floating_point():
             what = (
                 f"a tensor of shape {tuple(loss.shape)}, {loss.dtype}" if isinstance(loss, Tensor) else repr(type(loss))

@@ -137,6 +137,20 @@ class Units:
             self._rebuild()
         return list(changed)
 
+    def trains(self, p: nn.Parameter) -> bool:
+        """Whether an optimizer moves the parameter."""
+        return p in self._trained
+
+    def joined(self, once: Iterable[Unit]) -> tuple[list[Group], dict[nn.Parameter, int]]:
+        """The groups, and the group of every parameter, with units that were some `once`, since which others were
+        found.
+        """
+        gone = [unit for unit in dict.fromkeys(once) if unit not in self.all]
+        if not gone:
+            return self.groups, self.group_of
+        groups = groups_of([*self.all, *gone])
+        return groups, {p: k for k, group in enumerate(groups) for p in group.parameters}
+
     def _settle(self, p: nn.Parameter, stacks: Collection[Stack]) -> bool:
         changed = False
         while True:
@@ -184,10 +198,13 @@ class Units:
         self._given_up.setdefault((module, p), why)
 
     def _names_in(self, module: nn.Module) -> dict[str, nn.Parameter]:
-        """The trained parameters of the module and of those inside it, by all of their names there."""
+        """The trained parameters of the module and of those inside it, by every place that holds them."""
         if module not in self._inside:
-            every = module.named_parameters(remove_duplicate=False)
-            self._inside[module] = {name: p for name, p in every if p in self._trained}
+            # each place once: functional_call leaves its own in a place that it is given by two names
+            places = ((path, n, p) for path, m in module.named_modules() for n, p in m._parameters.items())
+            self._inside[module] = {
+                f"{path}.{n}" if path else n: p for path, n, p in places if p is not None and p in self._trained
+            }
         return self._inside[module]
 
     def _rebuild(self) -> None:

@@ -125,9 +125,8 @@ class Account:
         scales = received.scales(moves, None if paid_at_once else lambda: made_anew(pending))
         batches, directions = [microbatch.captured for microbatch in pending], list(found.values())
         paid = self._paid(batches, moves, scales)
-        through = contract(
-            batches, directions, scales, paid, received, self._units.group_of, len(self._units.groups), self._parts.of
-        )
+        groups, group_of = self._units.joined(call.unit for batch in batches for call in batch.calls)
+        through = contract(batches, directions, scales, paid, received, group_of, len(groups), self._parts.of)
         values = through.values.cpu()
         tokens = _in_one([block.tokens for block in through.blocks]) if self._token_values else None
         by_id = [block.by_id() for block in through.blocks] if self._token_values else []
@@ -139,7 +138,7 @@ class Account:
             seen, size, expected, lengths, rounding = (
                 x[k] for x in (through.seen, through.size, through.expected, through.lengths, through.rounding)
             )
-            conservation = check_conservation(self._units.groups, seen, size, expected, lengths, rounding, where)
+            conservation = check_conservation(groups, seen, size, expected, lengths, rounding, where)
             valued.step.values[name], valued.step.losses[name] = values[k], direction.loss
             if tokens is not None:
                 valued.step.token_values[name] = tokens[k]

@@ -1,7 +1,7 @@
 """The generic rule: forward-mode differentiation of one module with respect to its own parameters."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -9,7 +9,9 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.backends import cudnn, mkldnn
 from torch.func import functional_call
+from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten
 
 from inrun.errors import InrunError
@@ -46,8 +48,27 @@ def run_again(
 
     What its forward draws and finds is as `before`, if that is given; what it changes, buffers and attributes, is lost.
     """
-    with before.again(module) if before is not None else State(module).copied():
+    again = before.again(module) if before is not None else State(module).copied()
+    with again, _given(module):
         return functional_call(module, dict(own), args, kwargs, tie_weights=False)
+
+
+@contextmanager
+def _given(module: nn.Module) -> Iterator[None]:
+    """Inside the block the module takes its arguments as they are: what its hooks made of them once."""
+    kept = module._forward_pre_hooks
+
+    def without_result(hook: Callable[..., Any]) -> Callable[..., None]:
+        def call(*args: Any) -> None:
+            hook(*args)
+
+        return call
+
+    module._forward_pre_hooks = type(kept)((key, without_result(hook)) for key, hook in kept.items())
+    try:
+        yield
+    finally:
+        module._forward_pre_hooks = kept
 
 
 @contextmanager
@@ -66,6 +87,39 @@ def _without_mkldnn() -> Iterator[None]:
         yield
     finally:
         mkldnn.set_flags(_enabled=enabled, _fp32_precision=None)  # type: ignore[no-untyped-call]
+
+
+def as_looked_up(q: Tensor, ids: Tensor, padding: int | None, by_frequency: bool) -> Tensor:
+    """q for an embedding's weight, whose gradient is not quite that of looking it up."""
+    if by_frequency:  # each row's gradient is divided by how often it was looked up in the call
+        q = q / torch.bincount(ids.flatten(), minlength=len(q)).clamp(min=1)[:, None].to(q.dtype)
+    if padding is not None:
+        q = q.clone()
+        q[padding] = 0  # the padding row receives no gradient, so it moves nothing
+    return q
+
+
+def _is_special(module: nn.Module) -> bool:
+    return isinstance(module, nn.Embedding) and (module.padding_idx is not None or module.scale_grad_by_freq)
+
+
+class _Embeddings(TorchFunctionMode):
+    """Inside the block an embedding's tangent is what belongs to its gradient."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is functional.embedding:
+            return _embedding(*args, **kwargs)
+        return func(*args, **kwargs)
+
+
+def _embedding(input: Tensor, weight: Tensor, padding_idx: int | None = None, *args: Any, **kwargs: Any) -> Tensor:
+    by_frequency = bool(args[2] if len(args) > 2 else kwargs.get("scale_grad_by_freq"))
+    primal, towards = forward_ad.unpack_dual(weight)  # type: ignore[no-untyped-call]
+    if towards is not None and (padding_idx is not None or by_frequency):
+        towards = as_looked_up(towards, input, padding_idx, by_frequency)
+        weight = forward_ad.make_dual(primal, towards)  # type: ignore[no-untyped-call]
+    return functional.embedding(input, weight, padding_idx, *args, **kwargs)
 
 
 def forward_mode(
@@ -89,7 +143,8 @@ def forward_mode(
             parameter = own[name].detach()
             duals[name] = forward_ad.make_dual(parameter, towards.to(parameter.dtype))  # type: ignore[no-untyped-call]
         try:
-            output = run_again(module, duals, args, kwargs, before)
+            with _Embeddings() if any(map(_is_special, module.modules())) else nullcontext():
+                output = run_again(module, duals, args, kwargs, before)
         except NotImplementedError as error:
             raise NoForwardModeError(
                 f"{type(module).__name__}: one of its operators has no forward-mode derivative ({error}). Write a rule "

@@ -3,12 +3,11 @@
 from collections.abc import Callable, Mapping
 from typing import Any, Generic, TypeVar
 
-import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from inrun.state import Before
-from inrun.tangent.generic import forward_mode
+from inrun.tangent.generic import as_looked_up, forward_mode
 
 # what a subclass may override and still compute what its base does, is anything but these
 _COMPUTES = ("forward", "_conv_forward", "__call__", "__getattr__")
@@ -73,18 +72,10 @@ def tangent(
     Parameters that `direction` does not name stand still. `before` is what the call found.
     """
     if isinstance(module, nn.Embedding) and "weight" in direction:
-        direction = {**direction, "weight": _embedded(module, direction["weight"], *args, *kwargs.values())}
+        ids, *_ = *args, *kwargs.values()
+        q = as_looked_up(direction["weight"], ids, module.padding_idx, module.scale_grad_by_freq)
+        direction = {**direction, "weight": q}
     rule = _tangents.of(module)
     if rule is not None and not any("." in name for name in direction):
         return rule(module, direction, args, kwargs)
     return forward_mode(module, direction, args, kwargs, before)
-
-
-def _embedded(module: nn.Embedding, q: Tensor, ids: Tensor, *_: Any) -> Tensor:
-    """q for an embedding's weight, whose gradient is not quite that of looking it up."""
-    if module.scale_grad_by_freq:  # each row's gradient is divided by how often it was looked up in the call
-        q = q / torch.bincount(ids.flatten(), minlength=len(q)).clamp(min=1)[:, None].to(q.dtype)
-    if module.padding_idx is not None:
-        q = q.clone()
-        q[module.padding_idx] = 0  # the padding row receives no gradient, so it moves nothing
-    return q
