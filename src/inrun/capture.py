@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from torch.utils.hooks import RemovableHandle
 
 from inrun.captured import Call, Captured, Hook
@@ -23,7 +22,6 @@ from inrun.errors import InrunError, MixedExamplesWarning
 from inrun.hooks import form, keep_gradient, on_gradient, pay, watch
 from inrun.inputs import Inputs
 from inrun.kernels import Kernels
-from inrun.operations import tensors
 from inrun.probe import Found, Leaves, Probe, expanded
 from inrun.rows import Rows, Unknown
 from inrun.shortened import find_times, tokens_of
@@ -32,6 +30,7 @@ from inrun.tangent.fused import fused, is_convolution, parameter_gradients
 from inrun.tangent.ghost import Pair
 from inrun.tangent.per_example import unchanged
 from inrun.target import aside, uncompiled
+from inrun.trees import flatten, mapped, tensors, unflatten
 from inrun.units import Unit, Units
 
 _MOST_FOUND = 64  # structures of inputs whose rows are remembered
@@ -235,7 +234,7 @@ class Capture:
         elif not fuses:
             call.rows, call.late = [rows], kernel == "late"
             if keeps:  # the graph uses this memory again
-                call.args, call.kwargs, call.gradients = tree_map(torch.clone, (call.args, call.kwargs, call.gradients))
+                call.args, call.kwargs, call.gradients = mapped(torch.clone, (call.args, call.kwargs, call.gradients))
                 call.versions = [x._version for x in tensors((call.args, call.kwargs))]
                 captured.calls.append(call)
             else:
@@ -327,7 +326,7 @@ class Capture:
                     "use_reentrant=False."
                 )
             return self._keep(captured, unit, index, args, kwargs, output)
-        leaves, spec = tree_flatten(output)
+        leaves, spec = flatten(output)
         made = self._made.get(_key(unit, leaves), {})
         if len(made) > 1:
             raise InrunError(
@@ -344,7 +343,7 @@ class Capture:
         for k, leaf in enumerate(leaves):
             if isinstance(leaf, Tensor) and leaf.requires_grad:
                 leaves[k] = expanded(leaf, rows[k], captured.examples, unit)[0]
-        return tree_unflatten(leaves, spec)
+        return unflatten(leaves, spec)
 
     def _alone(self, module: nn.Module) -> bool:
         """Whether no other attributor watches the module: its output's graph must stay, then."""
@@ -360,7 +359,7 @@ class Capture:
                 "to which example. Put what is computed there into the forward of the model that the Attributor is "
                 "given."
             )
-        leaves, spec = tree_flatten(output)
+        leaves, spec = flatten(output)
         rows = self._now.rows.get((unit, index))
         if rows is None or len(rows) != len(leaves):
             self._found.clear()  # the next batch finds out anew
@@ -400,7 +399,7 @@ class Capture:
                 return fused(unit.module, x, output, rows[0], captured.examples, captured.formed)
             on_gradient(output, pay(unit, x.detach(), rows[0], captured))
             return None
-        args, kwargs = tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, (tuple(args), dict(kwargs)))
+        args, kwargs = mapped(torch.Tensor.detach, (tuple(args), dict(kwargs)))
         versions = [x._version for x in tensors((args, kwargs))]
         nothing: list[Tensor | None] = [None] * len(leaves)
         call = Call(unit, args, kwargs, unit.module.training, self._cast_to(), before, versions, list(rows), nothing)
@@ -421,7 +420,7 @@ class Capture:
         if formed:
             return leaves[0]
         captured.calls.append(call)
-        return tree_unflatten(leaves, spec)
+        return unflatten(leaves, spec)
 
 
 def _nothing() -> None:

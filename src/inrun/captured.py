@@ -8,18 +8,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
 from inrun.errors import InrunError
 from inrun.formed import Formed
 from inrun.gradient import wide
-from inrun.operations import tensors
 from inrun.packed import Packed
 from inrun.rows import Rows
 from inrun.scratch import Kept, Scratch
 from inrun.state import Before
 from inrun.tangent.generic import in_mode
 from inrun.timeline import INSTEAD, Time
+from inrun.trees import mapped, tensors
 from inrun.units import Unit
 
 
@@ -54,7 +53,7 @@ class Call:
         """The inputs, on the device again if they were moved off it."""
         if not self.spilled:
             return self.args, self.kwargs
-        args, kwargs = tree_map(lambda x: x.to(self.device) if isinstance(x, Tensor) else x, (self.args, self.kwargs))
+        args, kwargs = mapped(lambda x: x.to(self.device), (self.args, self.kwargs))
         return args, kwargs
 
     @contextmanager
@@ -160,7 +159,7 @@ class Captured:
             return moved.get(id(x), x)
 
         for call in self.calls:
-            call.args, call.kwargs, call.gradients = tree_map(move, (call.args, call.kwargs, call.gradients))
+            call.args, call.kwargs, call.gradients = mapped(move, (call.args, call.kwargs, call.gradients))
             call.spilled = True
             call.versions = [x._version for x in tensors((call.args, call.kwargs))]
         self.formed.replace({p: move(g) for p, g in self.formed.kept.items()})

@@ -6,14 +6,15 @@ from itertools import combinations
 from typing import Any
 
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from inrun.trees import flatten, unflatten
 
 
 class Inputs:
     """The arguments of the model's call, and which of their tensors carry the examples."""
 
     def __init__(self, args: Sequence[Any], kwargs: Mapping[str, Any], batch_dim: int) -> None:
-        self.leaves, self._spec = tree_flatten((tuple(args), dict(kwargs)))
+        self.leaves, self._spec = flatten((tuple(args), dict(kwargs)))
         self.batch_dim = batch_dim
         # the structure under which what was found once stays true: everything but the sizes and the values
         self.signature = (str(self._spec), *(self._sign(leaf) for leaf in self.leaves))
@@ -53,5 +54,5 @@ class Inputs:
         leaves = list(self.leaves)
         for k in carrying:
             leaves[k] = leaves[k].index_select(self.batch_dim, order.to(leaves[k].device))
-        args, kwargs = tree_unflatten(leaves, self._spec)
+        args, kwargs = unflatten(leaves, self._spec)
         return args, kwargs

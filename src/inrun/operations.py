@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 from torch.utils.hooks import RemovableHandle
 
+from inrun.trees import tensors
 from inrun.units import Stack
 
 Reads = dict[nn.Parameter, dict[Stack, None]]
@@ -150,10 +151,6 @@ def drawn() -> tuple[object, ...]:
     """Where the generators that are not torch's are."""
     _, _, at, *_ = np.random.get_state()
     return random.getstate(), at
-
-
-def tensors(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_flatten(tree)[0] if isinstance(leaf, Tensor)]
 
 
 def held(tree: Any) -> list[tuple[int, int]]:

@@ -14,16 +14,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from inrun.errors import InrunError
 from inrun.gradient import same
 from inrun.inputs import Inputs
-from inrun.operations import Operations, Reads, drawn, held, tensors
+from inrun.operations import Operations, Reads, drawn, held
 from inrun.rows import Rows, Unknown, every_other, find_rows, shuffled, without_last
 from inrun.rows import same as same_rows
 from inrun.target import Evaluation
 from inrun.timeline import Time
+from inrun.trees import flatten, tensors, unflatten
 from inrun.units import Unit, Units
 
 Leaves = tuple[Rows | Unknown | None, ...]  # of an output; None: not a tensor
@@ -296,7 +296,7 @@ class _Recording:
         if not unit.stands():
             return None
         index = sum(1 for other, _ in self.seen if other is unit)
-        output_leaves, spec = tree_flatten(output)
+        output_leaves, spec = flatten(output)
         leaves = list(output_leaves)
         now = _Seen([x.detach() if isinstance(x, Tensor) else x for x in leaves])
         if not tensors(leaves) and held(leaves):
@@ -312,14 +312,14 @@ class _Recording:
             with self.operations.paused():
                 self.comparison.see(unit, index, now.leaves)
         if self.expand is None:
-            return tree_unflatten(leaves, spec) if given else None
+            return unflatten(leaves, spec) if given else None
         rows = self.expand.rows.get((unit, index), [None] * len(leaves))
         with self.operations.paused():
             leaves = [
                 expanded(x, r, self.examples, unit)[0] if isinstance(x, Tensor) and isinstance(r, Rows) else x
                 for x, r in zip(leaves, rows, strict=True)
             ]
-        return tree_unflatten(leaves, spec)
+        return unflatten(leaves, spec)
 
     def same_as(self, other: "_Recording") -> bool:
         """Outputs and use of random numbers are the same bit for bit, and every operation's shape is the same."""
@@ -338,8 +338,7 @@ def _hidden(unit: Unit, leaves: Sequence[Any]) -> InrunError:
     kinds = ", ".join(dict.fromkeys(type(x).__name__ for x in leaves))
     return InrunError(
         f"{unit.name}: it puts out an object in which its tensors cannot be seen ({kinds}). Have it return a tensor, a "
-        "tuple or a dict; or, of a dataclass, call torch.utils._pytree.register_dataclass() or "
-        "register_pytree_node(). Or freeze the module (requires_grad_(False))."
+        "tuple, a dict or a dataclass, or freeze the module (requires_grad_(False))."
     )
 
 

@@ -1,45 +1,66 @@
 """The tensors in what modules are given and put out: tuples, lists, dicts, and dataclasses inside of them."""
 
 import copy
-from dataclasses import fields, is_dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-Spec = tuple[Any, list[tuple[int, Any, Any]]]
+
+@dataclass(frozen=True)
+class Spec:
+    """What the leaves were in; of every leaf of `outer` that is a dataclass, itself and what it holds."""
+
+    outer: TreeSpec
+    inner: list[tuple[Any, "Spec"] | None]
+
+    @property
+    def leaves(self) -> int:
+        return sum(1 if of is None else of[1].leaves for of in self.inner)
+
+    def __str__(self) -> str:
+        return str((str(self.outer), [of and (type(of[0]).__qualname__, str(of[1])) for of in self.inner]))
 
 
 def flatten(tree: Any) -> tuple[list[Any], Spec]:
     """The leaves, and what `unflatten` needs to make the same of others."""
-    outer, spec = tree_flatten(tree)
+    found, outer = tree_flatten(tree)
     leaves: list[Any] = []
-    inner: list[tuple[int, Any, Any]] = []  # by dataclass: how many leaves it has, itself, and what it holds
-    for leaf in outer:
+    inner: list[tuple[Any, Spec] | None] = []
+    for leaf in found:
         if is_dataclass(leaf) and not isinstance(leaf, type):
-            held, of_held = flatten({f.name: getattr(leaf, f.name) for f in fields(leaf)})
-            inner.append((len(held), leaf, of_held))
+            held, spec = flatten({f.name: getattr(leaf, f.name) for f in fields(leaf)})
             leaves += held
+            inner.append((leaf, spec))
         else:
-            inner.append((1, None, None))
             leaves.append(leaf)
-    return leaves, (spec, inner)
+            inner.append(None)
+    return leaves, Spec(outer, inner)
 
 
 def unflatten(leaves: list[Any], spec: Spec) -> Any:
     """What has these leaves; dataclasses are copies of those that there were."""
     outer, begin = [], 0
-    for length, original, of_held in spec[1]:
-        some = leaves[begin : begin + length]
-        begin += length
-        if original is None:
-            outer.append(some[0])
+    for of in spec.inner:
+        if of is None:
+            outer.append(leaves[begin])
+            begin += 1
             continue
+        original, held = of
         made = copy.copy(original)
-        for name, x in unflatten(some, of_held).items():
+        for name, x in unflatten(leaves[begin : begin + held.leaves], held).items():
             object.__setattr__(made, name, x)  # it may be frozen
         outer.append(made)
-    return tree_unflatten(outer, spec[0])
+        begin += held.leaves
+    return tree_unflatten(outer, spec.outer)
+
+
+def mapped(function: Callable[[Tensor], Any], tree: Any) -> Any:
+    """The tree with the function's results for its tensors."""
+    leaves, spec = flatten(tree)
+    return unflatten([function(x) if isinstance(x, Tensor) else x for x in leaves], spec)
 
 
 def tensors(tree: Any) -> list[Tensor]:

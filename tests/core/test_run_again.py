@@ -12,9 +12,9 @@ from torch.autograd.function import once_differentiable
 from torch.optim import SGD, AdamW
 
 from inrun import Attributor, InrunError, MixedExamplesWarning
-from inrun.operations import tensors
 from inrun.oracle import per_example_gradients
 from inrun.state import State
+from inrun.trees import tensors
 from tests.models import Case, class_losses, vectors
 from tests.reference import contracted, reference_direction
 

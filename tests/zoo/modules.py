@@ -177,6 +177,23 @@ class Result:
     hidden: Tensor
 
 
+@dataclass(frozen=True)
+class Question:
+    entries: Tensor
+    scale: float = 1.0
+
+
+class OnDataclasses(nn.Module):
+    """A model that is asked by a dataclass and answers by one, frozen both, with a parameter of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.text, self.shift = Text(nn.Tanh()), nn.Parameter(torch.randn(VOCABULARY))
+
+    def forward(self, asked: Question) -> Question:
+        return Question(self.text(asked.entries) * asked.scale + self.shift, asked.scale)
+
+
 class Wrapped(nn.Module):
     """A model that hands its logits out in another form."""
 

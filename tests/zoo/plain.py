@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations, prune
 
@@ -26,7 +27,9 @@ from tests.zoo.modules import (
     Inside,
     Mixing,
     MixingAtTheEnd,
+    OnDataclasses,
     Packed,
+    Question,
     Result,
     Routed,
     Scaled,
@@ -92,6 +95,16 @@ def _logits_of(pick: Callable[[Any], Tensor]) -> Callable[[nn.Module, Tensor], T
         return F.cross_entropy(logits.transpose(1, 2), batch_BT[:, 1:], reduction="none").mean(1)
 
     return losses
+
+
+def _asked(model: nn.Module, batch_BT: Tensor) -> Tensor:
+    logits = model(Question(batch_BT[:, :-1], 0.5)).entries
+    return F.cross_entropy(logits.transpose(1, 2), batch_BT[:, 1:], reduction="none").mean(1)
+
+
+def _by_functional_call(model: nn.Module, batch_BT: Tensor) -> Tensor:
+    logits = functional_call(model, dict(model.named_parameters()), (batch_BT[:, :-1],))
+    return F.cross_entropy(logits.transpose(1, 2), batch_BT[:, 1:], reduction="none").mean(1)
 
 
 def _text(body: Callable[[], nn.Module], family: str, refused: str = "", mixed: str = "") -> Entry:
@@ -212,6 +225,9 @@ WEIGHTS = {
         7,
     ),
     "functional_call": _text(Functional, "weights read elsewhere"),
+    "functional_call around the model": Entry(
+        lambda: Text(nn.Tanh()), tokens, _by_functional_call, "weights read elsewhere"
+    ),
 }
 
 BATCHES = {
@@ -232,6 +248,7 @@ OUTPUTS = {
     "a dataclass": Entry(
         lambda: Wrapped(lambda y: Result(y, y.mean(1))), tokens, _logits_of(lambda y: y.logits), "output"
     ),
+    "dataclasses, in and out": Entry(OnDataclasses, tokens, _asked, "output"),
     "a tuple": Entry(lambda: Wrapped(lambda y: (y.mean(), (y, None))), tokens, _logits_of(lambda y: y[1][0]), "output"),
     "losses computed inside": Entry(Inside, tokens, _losses_inside, "output"),
     "mean loss computed inside": MeanInside(lambda: Inside(mean=True), tokens, _mean_inside, "output"),

@@ -12,10 +12,10 @@ from torch.func import functional_call
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_flatten
 
 from inrun.errors import InrunError
 from inrun.state import Before, State
+from inrun.trees import flatten
 
 
 class NoForwardModeError(InrunError):
@@ -158,4 +158,4 @@ def forward_mode(
             return torch.zeros_like(primal) if towards is None else towards
 
         # a structure of someone's own may not take tangents for its tensors
-        return tangent_of(output) if isinstance(output, Tensor) else [tangent_of(x) for x in tree_flatten(output)[0]]
+        return tangent_of(output) if isinstance(output, Tensor) else [tangent_of(x) for x in flatten(output)[0]]

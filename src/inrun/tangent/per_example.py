@@ -16,7 +16,6 @@ from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.module import _global_forward_hooks
-from torch.utils._pytree import tree_flatten
 
 from inrun.captured import Call, Captured, Hook
 from inrun.rows import Rows
@@ -24,6 +23,7 @@ from inrun.tangent.convolution import per_example_convolution
 from inrun.tangent.generic import run_again
 from inrun.tangent.linear import linear_in_parameters
 from inrun.tangent.rules import Rules
+from inrun.trees import flatten
 
 # what a layer's formula rests on: another library may put something else in their place
 _AS_IMPORTED = {
@@ -102,7 +102,7 @@ def pull_back_each(call: Call, examples: int, see: Callable[[int, dict[str, Tens
     """`see(i, g)` with the gradients of one example after another, by name, of the parameters that it depends on."""
     own = {name: p.detach().requires_grad_() for name, p in call.unit.parameters.items()}
     with torch.enable_grad():
-        leaves, _ = tree_flatten(run_again(call.unit.module, own, *call.inputs(), call.before))
+        leaves, _ = flatten(run_again(call.unit.module, own, *call.inputs(), call.before))
         outputs, parts = [], []
         for leaf, rows, gradient in zip(leaves, call.rows, call.gradients, strict=True):
             if gradient is not None and rows is not None and leaf.requires_grad:

@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten
 
 from inrun.errors import InrunError
 from inrun.state import Before
 from inrun.tangent.generic import plain_kernels, run_again
 from inrun.target import check_twice_differentiable
+from inrun.trees import flatten
 
 
 class NotTwiceDifferentiableError(InrunError):
@@ -35,7 +35,7 @@ def by_double_backward(
     own = dict(module.named_parameters(remove_duplicate=False))  # of a module inside, too
     weights = {name: own[name].detach().requires_grad_() for name in direction}
     with torch.enable_grad(), plain_kernels():
-        leaves, _ = tree_flatten(run_again(module, weights, args, kwargs, before))
+        leaves, _ = flatten(run_again(module, weights, args, kwargs, before))
         outputs = {k: x for k, x in enumerate(leaves) if isinstance(x, Tensor) and x.requires_grad}
         covectors = {k: torch.zeros_like(x, requires_grad=True) for k, x in outputs.items()}
         try:
