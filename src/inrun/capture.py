@@ -19,10 +19,11 @@ from torch.utils.hooks import RemovableHandle
 from inrun.captured import Call, Captured, Hook
 from inrun.compiled import GRAPHS, State, Traced, UnitHook, compile_anew, encoded
 from inrun.errors import InrunError, MixedExamplesWarning
+from inrun.found import Found, Leaves, expanded
 from inrun.hooks import form, keep_gradient, on_gradient, pay, watch
 from inrun.inputs import Inputs
 from inrun.kernels import Kernels
-from inrun.probe import Found, Leaves, Probe, expanded
+from inrun.probe import Probe
 from inrun.rows import Rows, Unknown
 from inrun.shortened import find_times, tokens_of
 from inrun.state import Before

@@ -9,9 +9,10 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from inrun.errors import InrunError
+from inrun.found import Found, expanded
 from inrun.inputs import Inputs
 from inrun.packed import Packed
-from inrun.probe import Found, Probe, expanded
+from inrun.probe import Probe
 from inrun.rows import Rows
 from inrun.timeline import INSTEAD, Time, find_time
 from inrun.units import Unit
