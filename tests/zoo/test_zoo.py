@@ -3,7 +3,7 @@
 from contextlib import nullcontext
 
 import pytest
-from torch.optim import SGD, AdamW, Optimizer
+from torch.optim import Optimizer
 
 from inrun import InrunError, MixedExamplesWarning
 from inrun.kernels import Kernel
@@ -29,10 +29,10 @@ def test_values_agree_or_are_refused(name: str, scheme: Scheme, kind: type[Optim
         assert largest_error(entry, scheme, kind, kernel) < (1e-6 if entry.partly else 1e-8)
 
 
-@pytest.mark.parametrize(("scheme", "kind"), [("first", SGD), ("path", AdamW)])
+@pytest.mark.parametrize(("scheme", "kind", "kernel"), WAYS)
 @pytest.mark.parametrize("name", [name for name, entry in ZOO.items() if entry.verdict == "agrees"])
-def test_values_in_single_precision(name: str, scheme: Scheme, kind: type[Optimizer]) -> None:
-    assert largest_error(ZOO[name], scheme, kind, "auto", twin=True) < 1e-4
+def test_values_in_single_precision(name: str, scheme: Scheme, kind: type[Optimizer], kernel: Kernel) -> None:
+    assert largest_error(ZOO[name], scheme, kind, kernel, twin=True) < 1e-4
 
 
 def test_the_page_is_up_to_date() -> None:
