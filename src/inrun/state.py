@@ -17,20 +17,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 
-@contextmanager
-def preserved_random_state(model: nn.Module) -> Iterator[None]:
-    """Leave the random states of torch (on the model's devices too), numpy and Python as they were."""
-    python_state, numpy_state = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng(devices=_devices(model)):
-            yield
-    finally:
-        random.setstate(python_state)
-        np.random.set_state(numpy_state)
-
-
 class RandomState:
-    """The generators that a module may draw from, as they are now."""
+    """The generators of torch (on a module's devices too), numpy and Python, as they are now."""
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
@@ -38,16 +26,30 @@ class RandomState:
         self._devices = {d: torch.cuda.get_rng_state(d) for d in _devices(module)}
         self._python, self._numpy = random.getstate(), np.random.get_state()
 
+    def restore(self) -> None:
+        """Set them to this state."""
+        torch.set_rng_state(self._torch)
+        for device, state in self._devices.items():
+            torch.cuda.set_rng_state(state, device)
+        random.setstate(self._python)
+        np.random.set_state(self._numpy)
+
     @contextmanager
     def replayed(self) -> Iterator[None]:
-        """The generators set to this state inside the block, and back to where they were after it."""
+        """The generators in this state inside the block, and back to where they were after it."""
         with preserved_random_state(self._module):
-            torch.set_rng_state(self._torch)
-            for device, state in self._devices.items():
-                torch.cuda.set_rng_state(state, device)
-            random.setstate(self._python)
-            np.random.set_state(self._numpy)
+            self.restore()
             yield
+
+
+@contextmanager
+def preserved_random_state(model: nn.Module) -> Iterator[None]:
+    """Leave the random states of torch (on the model's devices too), numpy and Python as they were."""
+    state = RandomState(model)
+    try:
+        yield
+    finally:
+        state.restore()
 
 
 def _devices(module: nn.Module) -> list[int]:
@@ -56,8 +58,6 @@ def _devices(module: nn.Module) -> list[int]:
 
 _INTERNAL = vars(nn.Module()).keys()
 _NONE = object()
-
-
 _CONTAINERS = (list, tuple, dict, OrderedDict, defaultdict, deque)
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.Size, torch.dtype, torch.device, np.generic)
 _Generator = torch.Generator | np.random.Generator | np.random.RandomState | random.Random
@@ -198,7 +198,7 @@ class _Of:
 
 
 class State:
-    """The modes, buffers and tensors in attributes of a module and of those inside it, as they are now."""
+    """The modes, buffers and attributes of a module and of those inside it, as they are now."""
 
     def __init__(self, module: nn.Module) -> None:
         self._of = [_Of(m) for m in module.modules()]

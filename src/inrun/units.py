@@ -219,12 +219,9 @@ class Units:
             }
             if lifted:
                 mine |= {n: p for n, p in self._names_in(module).items() if p in lifted}
-            unit = before.get(module)
             if mine:
-                same = unit is not None and unit.parameters == mine
-                self.all.append(
-                    unit if same and unit is not None else Unit(name or type(module).__name__, module, mine)
-                )
+                unit, now = before.get(module), Unit(name or type(module).__name__, module, mine)
+                self.all.append(unit if unit is not None and _names(unit) == _names(now) else now)
         self.groups = groups_of(self.all)
         self.group_of = {p: k for k, group in enumerate(self.groups) for p in group.parameters}
 
