@@ -7,52 +7,26 @@ folder --out: result.json, the tables of README.md, figure.svg.
 """
 
 import argparse
-import multiprocessing
-import os
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import partial
 from pathlib import Path
 
-import numpy as np
-import torch
 from rich.console import Console
 
+from experiments import pieces
 from experiments.facts import report
 from experiments.facts.training import QUICK, Piece, Study, pieces_of, train, write_text
 from experiments.fidelity.report import write
 
 
-def bring(study: Study, text: Path, piece: Piece, path: Path) -> None:
-    """A piece into the store, with one thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    found = train(study, text, piece)
-    draft = path.with_suffix(".partial.npz")
-    np.savez(draft, **found)
-    os.replace(draft, path)
-    torch.set_num_threads(threads)
-
-
 def compute(study: Study, folder: Path, workers: int, console: Console) -> dict[Piece, Path]:
-    """Bring every piece into the store, several at a time in processes of their own."""
+    """Bring every piece into the store."""
     folder.mkdir(parents=True, exist_ok=True)
     text = folder / "text.json"
     if not text.exists():
         console.print("reading and tokenizing the text", highlight=False)
         write_text(study, text)
-    paths = {piece: folder / f"{piece.name}.npz" for piece in pieces_of(study)}
-    missing = [piece for piece, path in paths.items() if not path.exists()]
-    if workers == 1:
-        for k, piece in enumerate(missing, start=1):
-            bring(study, text, piece, paths[piece])
-            console.print(f"{k}/{len(missing)}  {piece.name}", highlight=False)
-        return paths
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-        waiting = {pool.submit(bring, study, text, piece, paths[piece]): piece for piece in missing}
-        for k, done in enumerate(as_completed(waiting), start=1):
-            done.result()
-            console.print(f"{k}/{len(missing)}  {waiting[done].name}", highlight=False)
-    return paths
+    return pieces.compute(partial(train, study, text), pieces_of(study), folder, workers, console)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -7,38 +7,26 @@ folder --out: result.json, the tables of README.md, figure.svg.
 """
 
 import argparse
-import os
 import time
+from functools import partial
 from pathlib import Path
 
-import numpy as np
-import torch
 from rich.console import Console
 
+from experiments import pieces
 from experiments.fidelity.report import write
 from experiments.refresh import report
 from experiments.refresh.training import QUICK, Piece, Study, pieces_of, train, write_text
 
 
 def compute(study: Study, folder: Path, console: Console) -> dict[Piece, Path]:
-    """Bring every piece into the store, with one thread."""
+    """Bring every piece into the store."""
     folder.mkdir(parents=True, exist_ok=True)
     text = folder / "text.npz"
     if not text.exists():
         console.print("reading and tokenizing the text", highlight=False)
         write_text(study, text)
-    paths = {piece: folder / f"{piece.name}.npz" for piece in pieces_of(study)}
-    missing = [piece for piece, path in paths.items() if not path.exists()]
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    for k, piece in enumerate(missing, start=1):
-        found = train(study, text, piece)
-        draft = folder / f".{piece.name}.partial.npz"
-        np.savez(draft, **found)
-        os.replace(draft, paths[piece])
-        console.print(f"{k}/{len(missing)}  {piece.name}", highlight=False)
-    torch.set_num_threads(threads)
-    return paths
+    return pieces.compute(partial(train, study, text), pieces_of(study), folder, 1, console)
 
 
 def main(arguments: list[str] | None = None) -> None:
