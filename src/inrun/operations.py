@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten
 from torch.utils.hooks import RemovableHandle
 
 from inrun.trees import tensors
@@ -151,21 +150,3 @@ def drawn() -> tuple[object, ...]:
     """Where the generators that are not torch's are."""
     _, _, at, *_ = np.random.get_state()
     return random.getstate(), at
-
-
-def held(tree: Any) -> list[tuple[int, int]]:
-    """The tensors in a tree, and those that objects in it hold, and their versions."""
-    found: list[tuple[int, int]] = []
-
-    def look(x: Any, depth: int) -> None:
-        if isinstance(x, Tensor):
-            found.append((id(x), 0 if x.is_inference() else x._version))
-        elif depth and isinstance(x, list | tuple | dict):
-            for part in x.values() if isinstance(x, dict) else x:
-                look(part, depth - 1)
-        elif depth and hasattr(x, "__dict__") and not isinstance(x, type | nn.Module):
-            look(vars(x), depth - 1)
-
-    for leaf in tree_flatten(tree)[0]:
-        look(leaf, 8)
-    return found

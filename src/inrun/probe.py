@@ -123,17 +123,10 @@ class Probe:
 
         The uses of parameters are those of the second run: the first may be what changes weights between the modes.
         """
-        carrying, order = list(found.carrying), without_last(examples)
-        plain = self._run(inputs, carrying, torch.arange(examples), train=True, still=True)
-        judge = FindMixed(order, found)
-        comparison = Comparison(plain.seen, judge)
-        again = self._run(inputs, carrying, order, reads, train=True, still=True, comparison=comparison)
-        comparison.finish()
-        found = replace(found, moving=plain.moved)
-        mixed = judge.mixed or mixed_output(plain.output, again.output, found.outputs, order)
+        mixed, plain, again = self._compared(inputs, examples, found, without_last(examples), reads=reads)
         if mixed and (plain.drew or again.drew):
             mixed = self._mixed_in_place(inputs, examples, found)
-        return replace(found, mixed=found.mixed or mixed)
+        return replace(found, moving=plain.moved, mixed=found.mixed or mixed)
 
     def _mixed_in_place(self, inputs: Inputs, examples: int, found: Found) -> str:
         """Where examples are mixed in a forward that draws numbers: those that stay in their places, with the numbers
@@ -142,14 +135,29 @@ class Probe:
         Where other examples make it draw another number of them, it cannot be told.
         """
         order, staying = every_other(examples)
-        plain = self._run(inputs, list(found.carrying), torch.arange(examples), train=True, still=True)
-        judge = FindMixed(order, found, staying)
+        mixed, plain, again = self._compared(inputs, examples, found, order, only=staying)
+        return mixed if again.drawn_to == plain.drawn_to else ""
+
+    def _compared(
+        self,
+        inputs: Inputs,
+        examples: int,
+        found: Found,
+        order: Tensor,
+        *,
+        only: Tensor | None = None,
+        reads: Reads | None = None,
+    ) -> tuple[str, Recording, Recording]:
+        """Where the examples (in the places `only`) are mixed in train mode, which shows in the company of the examples
+        `order`; and the two runs.
+        """
+        carrying = list(found.carrying)
+        plain = self._run(inputs, carrying, torch.arange(examples), train=True, still=True)
+        judge = FindMixed(order, found, only)
         comparison = Comparison(plain.seen, judge)
-        again = self._run(inputs, list(found.carrying), order, train=True, still=True, comparison=comparison)
+        again = self._run(inputs, carrying, order, reads, train=True, still=True, comparison=comparison)
         comparison.finish()
-        if again.drawn_to != plain.drawn_to:
-            return ""
-        return judge.mixed or mixed_output(plain.output, again.output, found.outputs, order, staying)
+        return judge.mixed or mixed_output(plain.output, again.output, found.outputs, order, only), plain, again
 
     def _run(
         self,
@@ -161,8 +169,8 @@ class Probe:
         train: bool = False,
         still: bool = False,
         expand: Found | None = None,
-        comparison: "Comparison | None" = None,
-    ) -> "Recording":
+        comparison: Comparison | None = None,
+    ) -> Recording:
         """One forward on the examples `order`, without gradients; in eval mode unless `train`."""
         recording = Recording(len(order), expand, comparison, Operations(reads, still))
         before = drawn()

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from inrun.errors import InrunError
 from inrun.found import Found, expanded
 from inrun.gradient import same
-from inrun.operations import Operations, held
+from inrun.operations import Operations
 from inrun.rows import Rows
-from inrun.trees import flatten, tensors, unflatten
+from inrun.trees import flatten, held, tensors, unflatten
 from inrun.units import Unit
 
 

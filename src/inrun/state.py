@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 
 class RandomState:
@@ -126,8 +126,13 @@ class _Of:
         self.hooks = [(hooks, dict(hooks)) for hooks in (m._forward_hooks, m._forward_pre_hooks)]
         self.passing = set(m._non_persistent_buffers_set)  # buffers that are not saved
         self.attributes = {name: x for name, x in vars(m).items() if name not in _INTERNAL}
-        self.inside = {name: leaves for name, x in self.attributes.items() if (leaves := _leaves(x)) is not None}
-        self._specs = {name: tree_flatten(self.attributes[name])[1] for name in self.inside}
+        self.inside: dict[str, list[Any]] = {}
+        self._specs: dict[str, TreeSpec] = {}
+        for name, x in self.attributes.items():
+            if isinstance(x, Tensor):
+                self.inside[name] = [x]
+            elif type(x) in _CONTAINERS:
+                self.inside[name], self._specs[name] = tree_flatten(x)
         self._generators = [(x, _state_of(x)) for x in self.attributes.values() if isinstance(x, _Generator)]
 
     def tensors(self) -> list[Tensor]:

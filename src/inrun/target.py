@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from inrun.errors import InrunError, NonFiniteError
-from inrun.operations import held
 from inrun.state import State, preserved_random_state
 from inrun.tangent.generic import plain_kernels
+from inrun.trees import held
 
 DOUBLE_BACKWARD = "attention and recurrent layers by their plain (math) kernels"
 Loss = Callable[[nn.Module, Any], Tensor]

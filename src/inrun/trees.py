@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 
@@ -65,3 +65,21 @@ def mapped(function: Callable[[Tensor], Any], tree: Any) -> Any:
 
 def tensors(tree: Any) -> list[Tensor]:
     return [leaf for leaf in flatten(tree)[0] if isinstance(leaf, Tensor)]
+
+
+def held(tree: Any) -> list[tuple[int, int]]:
+    """The tensors in a tree, and those that objects in it hold, and their versions."""
+    found: list[tuple[int, int]] = []
+
+    def look(x: Any, depth: int) -> None:
+        if isinstance(x, Tensor):
+            found.append((id(x), 0 if x.is_inference() else x._version))
+        elif depth and isinstance(x, list | tuple | dict):
+            for part in x.values() if isinstance(x, dict) else x:
+                look(part, depth - 1)
+        elif depth and hasattr(x, "__dict__") and not isinstance(x, type | nn.Module):
+            look(vars(x), depth - 1)
+
+    for leaf in tree_flatten(tree)[0]:
+        look(leaf, 8)
+    return found
