@@ -22,7 +22,7 @@ from inrun.direction import Direction, Scheme, scheme_of
 from inrun.game import Game
 from inrun.oracle import StepGame, monte_carlo_shapley, per_example_gradients
 from inrun.piece import Moves
-from inrun.target import Evaluation, Target
+from inrun.target import Evaluation, Target, gradients
 from inrun.update import CoupledUpdate, Moved, update_of
 
 CHUNK = 16  # coalitions at once: many more no longer fit the processor's cache
@@ -42,9 +42,8 @@ class SGDProxy(Scheme):
 
     def directions(self, targets: Sequence[Target], step: int, moves: Moves) -> dict[str, Direction]:
         found = {}
-        for target in targets:
-            value, gradients = target.gradient(step, list(moves))
-            pairs = zip(moves.items(), gradients, strict=True)
+        for target, (value, found_for) in zip(targets, gradients(targets, step, list(moves)), strict=True):
+            pairs = zip(moves.items(), found_for, strict=True)
             q = {p: self.scaled(moved, gradient) for (p, moved), gradient in pairs if gradient is not None}
             found[target.name] = Direction(q, value, 1)
         return found
@@ -263,6 +262,6 @@ def _gradient_seconds(target: Target, step: int, moves: Moves) -> float:
     found = []
     for _ in range(5):
         begun = time.process_time()
-        target.gradient(step, list(moves))
+        gradients([target], step, list(moves))
         found.append(time.process_time() - begun)
     return statistics.median(found)

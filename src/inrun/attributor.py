@@ -14,7 +14,7 @@ import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
 from types import TracebackType
@@ -36,6 +36,7 @@ from inrun.gradient import Received, same, sample, square
 from inrun.kernels import Kernel, Kernels
 from inrun.ledger import LedgerWriter
 from inrun.packed import as_packed
+from inrun.parallel import ProcessError, Processes, Report, gradient_of, is_piece, local
 from inrun.parts import parts_of
 from inrun.plan import Plan, plan_of
 from inrun.provenance import coverage, describe
@@ -43,7 +44,7 @@ from inrun.scratch import Scratch, free_memory, gib
 from inrun.step import Microbatch, Step, as_ids
 from inrun.target import DOUBLE_BACKWARD, Evaluation, Loss, Target, saved_plainly
 from inrun.units import Units, trained_parameters
-from inrun.update import Moved, Update, check_move, update_of
+from inrun.update import CoupledUpdate, Moved, Update, check_move, update_of
 from inrun.valuation import Account, Valued, train_loss
 
 LARGEST = 1e19  # of a gradient: its square is no number of float32 any more
@@ -67,6 +68,8 @@ class Attributor:
         rule: where the nodes lie: in the middles of equal pieces ("midpoint"), or where Gauss and Legendre put them.
         refresh: with "first", take a target's gradient every so many steps and use it for all of them. (Where
             `audit_every` is a multiple of it, audits meet new gradients only, and do not show what older ones cost.)
+        target_batches: how many of a target's batches its loss at a step is the mean of. Several processes share them
+            out: with as many as there are processes, each has one.
         momentum: "account" books what old momentum does to an account of its own; "credit" pays it to the examples
             whose gradients it holds, so that a step's values are final only when its momentum has died away
             (inrun.credit).
@@ -114,6 +117,7 @@ class Attributor:
         tolerance: float = 0.02,
         max_nodes: int = 9,
         refresh: int = 1,
+        target_batches: int = 1,
         momentum: Literal["account", "credit"] = "account",
         memory: int | Literal["auto"] = "auto",
         kernel: Kernel = "auto",
@@ -147,7 +151,8 @@ class Attributor:
             raise InrunError(f"memory={memory!r}: give a number of bytes, or 'auto'.")
         if not targets:
             raise InrunError("no targets: give at least one named validation batch.")
-        given, self.model = model, (model := _inner(model))
+        self._processes = processes = Processes(model)
+        self.model = model = processes.model
         self.optimizers = (optimizer,) if isinstance(optimizer, Optimizer) else tuple(optimizer)
         self.step = 0
         self.last: Step | None = None
@@ -158,14 +163,19 @@ class Attributor:
         self._nonfinite, self._audit_every, self._permutations = nonfinite, audit_every, audit_permutations
         self._updates = {optimizer: update_of(optimizer) for optimizer in self.optimizers}
         self._names = trained_parameters(model, self.optimizers)
-        way = scheme_of(scheme, nodes, rule, tolerance, max_nodes, refresh, self._names)
+        self._check_several(scheme, momentum, kernel, audit_permutations)
+        way = scheme_of(scheme, nodes, rule, tolerance, max_nodes, refresh, self._names, processes)
         self._units = units = Units(model, self._names)
         self._described = units.all
-        self._evaluation = evaluation = Evaluation(model, called=given)
-        self._targets = [Target(name, batches, loss, evaluation, refresh) for name, batches in targets.items()]
-        for target in self._targets:
-            target.gradient(0, list(self._names))  # a target that cannot be used is refused now, not in mid-run
+        self._evaluation = evaluation = Evaluation(model, processes=processes)
+        self._targets = [
+            Target(name, batches, loss, evaluation, refresh, target_batches) for name, batches in targets.items()
+        ]
+        for target in self._targets if not processes.sharded else ():  # whose passes take all processes
+            found, _ = target.gradient_of(0, 0, list(self._names))  # what cannot be used is refused now, not in mid-run
+            target.check_finite(found, 0)
         parts = parts_of(by_module, self._names, type(model).__name__)
+        self._settings = f"{scheme}, {nodes}, {rule}, {refresh}, {target_batches}, {kernel}, {audit_every}, {nonfinite}"
         self._kernel, self._token_values = kernel, token_values
         self._room = free_memory() // 2 if memory == "auto" else memory
         folder = None if ledger is None else Path(ledger)
@@ -178,8 +188,8 @@ class Attributor:
             scratch = Scratch(self._room, folder)
             self._account = Credit(self._targets, way, units, self._names, list(self._updates.values()), scratch)
         else:
-            self._account = Account(self._targets, way, units, parts, token_values)
-        self._received = Received(self._names)
+            self._account = Account(self._targets, way, units, processes, parts, token_values)
+        self._received = Received(self._names, copying=processes.size > 1)
         self._pending: list[Microbatch] = []
         self._open = False
         self._id_type: type[int] | type[str] | None = None
@@ -203,22 +213,33 @@ class Attributor:
                 audit_every=audit_every,
                 audit_permutations=audit_permutations,
                 **({"refresh": refresh} if refresh != 1 else {}),
+                **({"target_batches": target_batches} if target_batches != 1 else {}),
+                **({"processes": processes.size} if processes.size != 1 else {}),
                 **({"token_values": True} if token_values else {}),
                 **({"modules": parts.names} if parts.names else {}),
                 **({"tolerance": tolerance, "max_nodes": max_nodes} if nodes == "adaptive" else {}),
                 **({"double_backward": DOUBLE_BACKWARD} if scheme == "second" else {}),
             )
-            self._ledger = LedgerWriter(ledger, run, resume=resume)
+            self._ledger = LedgerWriter(ledger, run, resume=resume, rank=processes.rank, ranks=processes.size)
         self._at_once = (
             scheme == "first"
             and momentum == "account"
             and kernel != "tangent"
+            and not processes.sharded
             and all(type(update).rate is not Update.rate for update in self._updates.values())
         )
+        # a checkpoint holds a gradient that later steps use, but not what it was made of; nor does another process
+        meets = refresh == 1 and target_batches == 1 and processes.size == 1
         self._kernels = Kernels(
-            kernel, units, len(targets), self._at_once, refresh, None if memory == "auto" else memory
+            "tangent" if processes.sharded else kernel,
+            units,
+            len(targets),
+            self._at_once,
+            meets,
+            None if memory == "auto" else memory,
         )
-        self._capture = Capture(model, units, self._kernels, batch_dim)
+        self._capture = Capture(processes, units, self._kernels, batch_dim)
+        self._met = False
         self._pool = Pool()
         self._scratch = Scratch(0, folder)
         self._hooks = [
@@ -254,6 +275,7 @@ class Attributor:
             self._refuse_packed()
         if self._id_type not in (None, type(found[0])):
             raise InrunError(f"ids were {self._id_type.__name__}s before and are {type(found[0]).__name__}s now.")
+        self._meet()
         if self._open:
             raise InrunError("a `batch` block was opened inside of another one: close the first before the next.")
         if self._waiting is not None:
@@ -274,7 +296,8 @@ class Attributor:
         by_token = packed is not None or self._token_values
         captured = Captured(examples, Formed(examples, self._names, self._pool), packed=packed, by_token=by_token)
         try:
-            with self._capture.batch(captured, lambda: self._look_ahead(captured)):
+            told = self._processes.waiting()  # a process that has gone shows in the backward
+            with told, self._capture.batch(captured, lambda: self._look_ahead(captured)):
                 microbatch = Microbatch(found, captured)
                 yield microbatch
         finally:
@@ -292,6 +315,38 @@ class Attributor:
             self._spill(microbatch)
         self._pending.append(microbatch)
         self._received.keep()
+
+    def _check_several(self, scheme: str, momentum: str, kernel: str, audit_permutations: int) -> None:
+        """Raise InrunError for settings that are for one process, or for weights that are whole."""
+        processes = self._processes
+        if processes.size > 1 and momentum == "credit":
+            raise InrunError("momentum='credit' is for one process: on several use momentum='account'.")
+        if processes.size > 1 and audit_permutations:
+            raise InrunError("audit_permutations= plays a step's game on one process: on several leave it out.")
+        if not processes.sharded:
+            return
+        if kernel not in ("auto", "tangent"):
+            raise InrunError(f"kernel={kernel!r} needs whole weights, and fully_shard has cut them: use 'auto'.")
+        if scheme == "second":
+            raise InrunError("scheme='second' needs whole weights, and fully_shard has cut them: use scheme='path'.")
+        for optimizer, update in self._updates.items():
+            if isinstance(update, CoupledUpdate):
+                raise InrunError(
+                    f"{type(optimizer).__name__} moves whole matrices, and fully_shard has cut the weights: use "
+                    "an optimizer that moves every number by itself, or DistributedDataParallel."
+                )
+
+    def _meet(self) -> None:
+        """With the first batch, see that all processes were given the same."""
+        self._processes.check()
+        self._processes.step = self.step + 1
+        if self._met:
+            return
+        targets = ", ".join(f"{target.name}: {len(target.batches)} batches" for target in self._targets)
+        self._processes.meet(
+            f"{len(self._names)} trained parameters, targets {targets}; settings {self._settings}, at step {self.step}"
+        )
+        self._met = True
 
     def _refuse_packed(self) -> None:
         """Raise InrunError if documents that are packed cannot have values under these settings."""
@@ -322,8 +377,10 @@ class Attributor:
             for group in optimizer.param_groups:
                 for p in (p for p in group["params"] if p in self._names):
                     # any numbers do for a gradient that is gone: it is only measured how long they take
-                    gradient = p.detach() if p.grad is None else p.grad
-                    moves[p] = Moved(p.detach(), gradient, optimizer.state.get(p, {}), group, update)
+                    gradient = gradient_of(p)
+                    moves[p] = Moved(
+                        local(p), local(p) if gradient is None else gradient, _state(optimizer, p), group, update
+                    )
         with torch.no_grad():
             return plan_of(self._kernels.calls, moves, len(self._targets), self._at_once, self._nodes)
 
@@ -347,7 +404,7 @@ class Attributor:
         if not self._at_once or game or captured.formed.ahead is not None:
             return
         self._evaluate_as_trained()
-        self._weights = {p: sample(p) for p in self._names}
+        self._weights = {p: sample(local(p)) for p in self._names}
         try:
             with saved_plainly():
                 captured.formed.ahead = self._account.ahead(step, self._capture.watch)
@@ -369,6 +426,8 @@ class Attributor:
     def _audit(self, permutations: int, seed: int) -> dict[str, Game]:
         if self._open or self._waiting is not None or not self._pending:
             raise InrunError("audit() looks at a step before it is taken: call it between the `batch` and its step().")
+        if self._processes.size > 1:
+            raise InrunError("audit() plays a step's game on one process: on several, audit_every= measures the books.")
         if permutations < 2:
             raise InrunError(f"audit(permutations={permutations}): give two random orders or more.")
         if any(microbatch.captured.packed is not None for microbatch in self._pending):
@@ -380,13 +439,28 @@ class Attributor:
         return self._games
 
     def flush(self) -> None:
-        """Make everything booked so far durable; call it before writing a checkpoint of this step."""
-        if self._ledger is not None:
-            self._ledger.flush()
+        """Make everything booked so far durable, on all processes; call it before writing a checkpoint of this step, on
+        every one of them.
+
+        Raises:
+            LedgerError: the disk refuses. ProcessError: another process's does, or it has gone.
+        """
+        problem: InrunError | None = None
+        try:
+            if self._ledger is not None:
+                self._ledger.flush()
+        except InrunError as refused:
+            problem = refused
+        elsewhere = self._processes.any(problem is not None)
+        if problem is not None:
+            raise problem
+        if elsewhere:
+            raise ProcessError(f"step {self.step}: another process could not write its values: see its output.")
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint must hold to continue the run: the number of steps done, and under momentum="credit" the
-        steps whose values are not final, as tensors and plain values. The ledger is flushed first.
+        steps whose values are not final, as tensors and plain values. The ledger is flushed first. To be called on
+        every process; what it returns is the same on all.
         """
         if self._pending:
             raise InrunError("state_dict() between a batch and its step: take checkpoints after optimizer.step().")
@@ -444,6 +518,8 @@ class Attributor:
             )
         if self._open:
             raise InrunError("optimizer.step() was called inside the `batch` block: end the block first.")
+        if not self._pending and _moves_nothing(optimizer):  # as a checkpoint loader does, to have the state made
+            return
         if not self._pending:
             raise InrunError(
                 "optimizer.step() without a `batch` before it: wrap the forward and backward passes in `with "
@@ -475,8 +551,9 @@ class Attributor:
                         "again."
                     )
                 for p in group["params"]:
-                    if p.grad is not None:
-                        moves[p] = Moved(p.detach(), p.grad.detach(), optimizer.state.get(p, {}), group, update)
+                    gradient = gradient_of(p)
+                    if gradient is not None:
+                        moves[p] = Moved(local(p), gradient, _state(optimizer, p), group, update)
         if not moves:
             raise InrunError(
                 "no parameter has a gradient any more: call zero_grad() after optimizer.step(), not before it."
@@ -489,30 +566,39 @@ class Attributor:
         self._evaluate_as_trained()
         waiting = _Waiting(set(self.optimizers))
         audited = self._audit_every > 0 and step % self._audit_every == 0
+        ids = [i for microbatch in self._pending for i in microbatch.ids]
+        problem = self._problem
         try:
-            if self._problem is not None:
-                raise self._problem
-            if not same([(sample(p), was) for p, was in self._weights.items()]):
+            self._check_finite(moves, waiting)
+        except NonFiniteError as found:
+            problem = problem or found
+        mine = Report(len(ids), train_loss(self._pending), finite=problem is None)
+        waiting.told = told = self._processes.report(mine)
+        try:
+            if problem is not None:
+                raise problem
+            if not told.finite:
+                raise NonFiniteError("the gradient of another process is not finite")
+            if not same([(sample(local(p)), was) for p, was in self._weights.items()]):
                 raise InrunError(
                     "the weights were changed between the forward pass and the step (as for sharpness-aware training, "
                     "or noise), but under scheme='first' with SGD the target's gradient is taken ahead of the backward "
                     "pass: give the Attributor kernel='tangent', which takes it at the step."
                 )
-            self._check_finite(moves, waiting)
             waiting.valued = self._value(step, moves, audited, self._permutations if audited else 0)
         except NonFiniteError as problem:
-            ids = [i for microbatch in self._pending for i in microbatch.ids]
             if self._nonfinite == "stop":
                 raise NonFiniteError(
                     f"step {step}: {problem}. Nothing was moved and nothing booked. Look at the batch with the ids "
                     f"{ids[:8]}, lower the learning rate, or give nonfinite='skip' to book such steps as skipped."
                 ) from None
             waiting.seen.clear()
-            waiting.valued = Valued(Step(step, ids, {}, {}, train_loss(self._pending), skipped=True))
+            waiting.valued = Valued(Step(step, ids, {}, {}, told.loss, skipped=True))
             return waiting
+        waiting.valued.step = replace(waiting.valued.step, train_loss=told.loss)
         if audited or self._checks_left:
             self._checks_left = max(self._checks_left - 1, 0)
-            waiting.before = {p: p.detach().clone() for p in moves}
+            waiting.before = {p: moved.weight.clone() for p, moved in moves.items()}
             waiting.expected = displacements(moves, 1.0)
         return waiting
 
@@ -566,11 +652,15 @@ class Attributor:
         eps = max((torch.finfo(rate.dtype).eps for rate in rates if isinstance(rate, Tensor)), default=0.0)
         for p, expected in waiting.expected.items():
             # a step of no length, as under a rate of zero, shows nothing
-            if check_move(self._names[p], waiting.before[p], p.detach(), expected, eps):
+            if check_move(self._names[p], waiting.before[p], local(p), expected, eps):
                 self._checks_left = 0
         self.train_loss = valued.step.train_loss
         self.total += sum(one["value"] for one in valued.rows.values())
-        row = {"learning_rate": max(map(float, rates)), "train_loss": valued.step.train_loss}
+        row = {
+            "learning_rate": max(map(float, rates)),
+            "train_loss": valued.step.train_loss,
+            "examples": waiting.told.examples,
+        }
         for name, game in self._games.items():
             valued.rows.setdefault(name, {}).update(game.row())
         self._games = {}
@@ -586,17 +676,28 @@ class Attributor:
                 try:
                     parts = {t: {name: v.numpy() for name, v in of.items()} for t, of in done.by_module.items()}
                     tokens = {t: [v.numpy() for v in of] for t, of in valued.tokens.items()}
-                    self._ledger.book(done.step, done.ids, values, list(valued.rows.values()), parts, tokens)
+                    rows = list(valued.rows.values()) if self._processes.first else []  # one for all processes
+                    self._ledger.book(done.step, done.ids, values, rows, parts, tokens)
                 except InrunError as problem:  # of an earlier step's writing: this one is booked, and so are the next
                     problems.append(problem)
         if problems:
             raise problems[0]
 
 
-def _inner(model: nn.Module) -> nn.Module:
-    """The model itself, of what torch.compile(model) returns."""
-    inner = vars(model).get("_modules", {}).get("_orig_mod")
-    return inner if type(model).__name__ == "OptimizedModule" and isinstance(inner, nn.Module) else model
+def _state(optimizer: Optimizer, p: nn.Parameter) -> Mapping[str, Any]:
+    """What this process holds of an optimizer's state of a parameter."""
+    state: Mapping[str, Any] = optimizer.state.get(p, {})
+    if not is_piece(p):
+        return state
+    return {name: local(x) if isinstance(x, Tensor) else x for name, x in state.items()}
+
+
+def _moves_nothing(optimizer: Optimizer) -> bool:
+    """Whether it is about to take a step of no length on gradients of zero."""
+    return all(
+        float(group["lr"]) == 0 and not any(bool(g.any()) for g in map(gradient_of, group["params"]) if g is not None)
+        for group in optimizer.param_groups
+    )
 
 
 @dataclass
@@ -605,6 +706,7 @@ class _Waiting:
 
     remaining: set[Optimizer]
     valued: Valued = field(default_factory=lambda: Valued(Step(0, [], {}, {})))
+    told: Report = field(default_factory=lambda: Report(0, None, True))  # of all processes
     seen: dict[Optimizer, list[tuple[Tensor, int, Tensor]]] = field(default_factory=dict)
     before: dict[nn.Parameter, Tensor] = field(default_factory=dict)
     expected: dict[nn.Parameter, Tensor] = field(default_factory=dict)

@@ -15,7 +15,7 @@ from inrun.direction import displaced, displacements
 from inrun.errors import InrunError
 from inrun.gradient import wide
 from inrun.piece import Moves
-from inrun.target import Target
+from inrun.target import Target, losses
 from inrun.units import Group
 
 # what rounding may do to a group's sum, relative to |G| |q| + sum |b| |tangent|: ten times or more what was measured
@@ -142,10 +142,9 @@ class Audit:
 
 def losses_without_data(targets: Sequence[Target], step: int, moves: Moves) -> dict[str, list[float]]:
     """By target: its loss at w, after momentum alone, and at w + D(0)."""
-    losses: dict[str, list[float]] = {target.name: [] for target in targets}
     zero, still = displacements(moves, 0.0), displacements(moves, 0.0, decay=False)
+    found = []
     for move in ({}, still, zero):
         with displaced(move):
-            for target in targets:
-                losses[target.name].append(target.loss(step))
-    return losses
+            found.append(losses(targets, step))
+    return {target.name: list(of) for target, *of in zip(targets, *found, strict=True)}

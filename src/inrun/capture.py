@@ -23,6 +23,7 @@ from inrun.found import Found, Leaves, expanded
 from inrun.hooks import form, keep_gradient, on_gradient, pay, watch
 from inrun.inputs import Inputs
 from inrun.kernels import Kernels
+from inrun.parallel import Processes
 from inrun.probe import Probe
 from inrun.rows import Rows, Unknown
 from inrun.shortened import find_times, tokens_of
@@ -40,11 +41,12 @@ _MOST_FOUND = 64  # structures of inputs whose rows are remembered
 class Capture:
     """The hooks on a model. Nothing is kept outside of an open batch, nor in evaluation."""
 
-    def __init__(self, model: nn.Module, units: Units, kernels: Kernels, batch_dim: int = 0) -> None:
-        self._model, self._units, self._kernels, self._batch_dim = model, units, kernels, batch_dim
+    def __init__(self, processes: Processes, units: Units, kernels: Kernels, batch_dim: int = 0) -> None:
+        self._model, self._units, self._kernels, self._batch_dim = processes.model, units, kernels, batch_dim
+        self._processes = processes
         self._device = next(iter(units.all[0].parameters.values())).device.type
         self.autocast: torch.dtype | None = None  # around the newest forward
-        self._probe = Probe(model, units)
+        self._probe = Probe(processes, units)
         self._warned = False
         self._open: Captured | None = None
         self._before: Callable[[], None] = _nothing
@@ -141,10 +143,14 @@ class Capture:
                 f"dimension {self._batch_dim} should hold {examples} examples. Give one id per example; if another "
                 "dimension holds them, say batch_dim= to the Attributor."
             )
-        if found is None or not set(found.carrying) <= set(carrying) or (found.alone and examples > 1):
+        unknown = found is None or not set(found.carrying) <= set(carrying) or (found.alone and examples > 1)
+        if self._processes.sharded:  # to run the model takes all processes
+            unknown = self._processes.any(unknown)
+        if found is None or unknown:
             if len(self._found) >= _MOST_FOUND:
                 self._found.clear()
             found = self._probe.find(inputs, examples)
+            self._probe.finish(inputs, examples)
             if list(self._hooks) != self._units.all:
                 self._found.clear()
                 self._attach()
@@ -208,9 +214,10 @@ class Capture:
             else:
                 hook.rows = encoded(rows)
                 hook.fuses = rows.dim is not None and self._kernels.fuses(unit) and unchanged(unit.module)
-        # the model's own hooks break a graph that they are in, as they are if its forward is torch's
-        torchs = type(self._model).forward.__module__.startswith("torch.")
-        self._in_graphs = GRAPHS and not torchs and all(self._hooks[unit].rows is not None for unit in layouts)
+        # the model's own hooks break a graph that they are in, as they are if its forward is torch's; and so do those
+        # that gather sharded weights
+        broken = self._processes.sharded or type(self._model).forward.__module__.startswith("torch.")
+        self._in_graphs = GRAPHS and not broken and all(self._hooks[unit].rows is not None for unit in layouts)
 
     def _take(self, call: Call, parameters: int) -> list[Tensor]:
         """What `_keep` does, for a call in a graph: in the backward pass, with the gradient at hand."""

@@ -29,7 +29,7 @@ from inrun.packed import Id
 from inrun.piece import Moves
 from inrun.scratch import Kept, Key, Scratch, gib, size_of
 from inrun.step import Microbatch, Step
-from inrun.target import Target
+from inrun.target import Target, losses
 from inrun.units import Units
 from inrun.update import Mix, Moved, SGDUpdate, Update
 from inrun.valuation import Valued, contributions, made_anew, train_loss
@@ -165,7 +165,7 @@ class Credit:
             )
         ids: list[Id] = [i for microbatch in pending for i in microbatch.ids]
         valued = Valued(Step(step, ids, {}, {}, train_loss(pending)))
-        self._before = {target.name: target.loss(step) for target in self._targets} if audited else {}
+        self._before = dict(zip(self._of, losses(self._targets, step), strict=True)) if audited else {}
         g = contributions(pending, received.scales(moves, lambda: made_anew(pending)))
         conservation = check_contributions(self._units.groups, g, moves, _cast(pending), f"step {step}")
         mixes = {p: moved.update.mix(moved) for p, moved in moves.items()}
@@ -213,11 +213,12 @@ class Credit:
         if past is None or past.valued is not valued:
             raise AssertionError("a step was finished that was not the last one valued")
         step = valued.step
-        for target in self._targets:
+        after_step = losses(self._targets, step.step) if self._before else [0.0] * len(self._targets)
+        for target, after in zip(self._targets, after_step, strict=True):
             found = valued.rows[target.name]
             found |= {"step": step.step, "target": target.name, "examples": len(step.ids), "skipped": False, **row}
             if target.name in self._before:
-                before, after = self._before[target.name], target.loss(step.step)
+                before = self._before[target.name]
                 explained = found["value"] + found["momentum"] + found["decay"]
                 found |= {"loss_before": before, "loss_after": after, "unexplained": before - after - explained}
         self._before = {}

@@ -29,14 +29,14 @@ from torch import Tensor, nn
 from inrun.errors import InrunError
 from inrun.formed import Ahead
 from inrun.gradient import wide
+from inrun.parallel import ALONE, Processes, local
 from inrun.piece import Moves, Piece, Room
 from inrun.tangent.ghost import Pair
-from inrun.target import Target
+from inrun.target import Gradients, Target, gradients, losses, second_orders
 from inrun.units import Unit
 
 # a block in which a target's pass shows the units' inputs and output gradients
 Watch = Callable[[], AbstractContextManager[dict[Unit, list[Pair]]]]
-_Gradients = tuple[float, list[Tensor | None]]
 
 
 @dataclass(frozen=True)
@@ -94,6 +94,7 @@ def scheme_of(
     max_nodes: int,
     refresh: int = 1,
     names: Mapping[nn.Parameter, str] = MappingProxyType({}),
+    processes: Processes = ALONE,
 ) -> Scheme:
     """The scheme of these settings. Raises InrunError for what does not exist or does not go together."""
     if scheme not in ("first", "second", "path"):
@@ -110,14 +111,14 @@ def scheme_of(
     if scheme != "path":
         if nodes != 1 or rule != "midpoint":
             raise InrunError(f"scheme {scheme!r} takes no nodes and no rule: use scheme='path'.")
-        return First(refresh, names) if scheme == "first" else Second()
+        return First(refresh, names, processes) if scheme == "first" else Second()
     if nodes != "adaptive":
         return Path(1, gauss_nodes(nodes)) if rule == "gauss" else Path(nodes, [(0.5, 1.0)])
     if rule != "midpoint":
         raise InrunError("nodes='adaptive' has equally spaced nodes, which is the midpoint rule.")
     if not 0 < tolerance < 1 or max_nodes < 1:
         raise InrunError(f"tolerance={tolerance}, max_nodes={max_nodes}: give a share between 0 and 1, and 1 or more.")
-    return Adaptive(tolerance, max_nodes)
+    return Adaptive(tolerance, max_nodes, processes)
 
 
 def gauss_nodes(nodes: int) -> list[tuple[float, float]]:
@@ -129,16 +130,16 @@ def gauss_nodes(nodes: int) -> list[tuple[float, float]]:
 @contextmanager
 def displaced(displacements: Mapping[nn.Parameter, Tensor]) -> Iterator[None]:
     """The weights moved by these displacements inside the block, and bit for bit what they were after it."""
-    kept = {parameter: parameter.detach().clone() for parameter in displacements}
+    kept = {parameter: local(parameter).clone() for parameter in displacements}
     try:
         with torch.no_grad():
             for parameter, displacement in displacements.items():
-                parameter.add_(displacement)
+                local(parameter).add_(displacement)
         yield
     finally:
         with torch.no_grad():
             for parameter, weight in kept.items():
-                parameter.copy_(weight)
+                local(parameter).copy_(weight)
 
 
 def displacements(moves: Moves, s: float, *, decay: bool = True) -> dict[nn.Parameter, Tensor]:
@@ -153,7 +154,7 @@ class _Sum:
         self.q: dict[nn.Parameter, Tensor] = {}
         self.loss, self.nodes = 0.0, 0
 
-    def add(self, piece: Piece, gradients: _Gradients, weight: float = 1.0) -> None:
+    def add(self, piece: Piece, gradients: Gradients, weight: float = 1.0) -> None:
         loss, found = gradients
         for p, part in piece.pull(found).items():
             if weight != 1.0:
@@ -162,55 +163,65 @@ class _Sum:
         self.loss += loss
         self.nodes += 1
 
-    def total(self, moves: Moves) -> float:
+    def total(self, moves: Moves, processes: Processes) -> float:
         """<G, q>: what the values of the step will add up to."""
-        parts = [torch.sum(moves[p].gradient * q, dtype=torch.float64) for p, q in self.q.items()]
-        return float(torch.stack(parts).sum())
+        parts = [torch.sum(moves[p].gradient * q, dtype=torch.float64) / processes.copies(p) for p, q in self.q.items()]
+        return float(processes.total(torch.stack(parts).sum()))
 
     def direction(self, target_gradients: int) -> Direction:
         return Direction(self.q, self.loss / self.nodes, target_gradients)
 
 
-def _single(piece: Piece, gradients: _Gradients, target_gradients: int) -> Direction:
+def _single(piece: Piece, gradients: Gradients, target_gradients: int) -> Direction:
     """The direction of one piece with one node, whose chord is left to be multiplied with where it is used."""
     loss, found = gradients
     vectors, factors = piece.factored(found)
     return Direction(vectors, loss, target_gradients, factors)
 
 
+@contextmanager
+def _unwatched() -> Iterator[dict[Unit, list[Pair]]]:
+    yield {}
+
+
 class First(Scheme):
     """The paper's first order: the gradient at w, taken every `refresh` steps."""
 
-    def __init__(self, refresh: int, names: Mapping[nn.Parameter, str]) -> None:
-        self._room, self._refresh, self._names = Room(), refresh, names
+    def __init__(self, refresh: int, names: Mapping[nn.Parameter, str], processes: Processes) -> None:
+        self._room, self._refresh, self._names, self._processes = Room(), refresh, names, processes
         # by target: the step at which its gradient was taken, the loss there, and the gradient
         self._taken: dict[str, tuple[int, float, Ahead]] = {}
 
     def ahead(self, targets: Sequence[Target], step: int, watch: Watch) -> list[Ahead]:
-        for target in targets:
-            if not self._lasts(target.name, step):
-                with watch() as pairs:
-                    self._take(target, step, list(self._names), pairs)
+        self._take(targets, step, list(self._names), watch)
         return [self._taken[target.name][2] for target in targets]
 
     def directions(self, targets: Sequence[Target], step: int, moves: Moves) -> dict[str, Direction]:
         piece = Piece(moves, 0.0, 1.0, self._room)
         found = {}
+        # of all parameters, where others than those that move now may move in a later step
+        self._take(targets, step, list(self._names if self._refresh > 1 else moves))
         for target in targets:
-            if not self._lasts(target.name, step):
-                # of all parameters, where others than those that move now may move in a later step
-                self._take(target, step, list(self._names if self._refresh > 1 else moves), {})
             taken, loss, ahead = self._taken[target.name]
             mine = [ahead.gradient.get(p) for p in moves]
             found[target.name] = _single(piece, (loss, mine), int(taken == step))
         return found
 
     def _take(
-        self, target: Target, step: int, parameters: Sequence[nn.Parameter], pairs: dict[Unit, list[Pair]]
+        self, targets: Sequence[Target], step: int, parameters: Sequence[nn.Parameter], watch: Watch = _unwatched
     ) -> None:
-        loss, found = target.gradient(step, parameters)
-        gradient = {p: g for p, g in zip(parameters, found, strict=True) if g is not None}
-        self._taken[target.name] = step, loss, Ahead(gradient, pairs)
+        """The gradients of those targets whose last is not good for this step, with what `watch` sees of each pass."""
+        due = [target for target in targets if not self._lasts(target.name, step)]
+        pairs: dict[str, dict[Unit, list[Pair]]] = {}
+
+        @contextmanager
+        def watching(target: Target) -> Iterator[None]:
+            with watch() as pairs[target.name]:
+                yield
+
+        for target, (loss, found) in zip(due, gradients(due, step, parameters, watching), strict=True):
+            gradient = {p: g for p, g in zip(parameters, found, strict=True) if g is not None}
+            self._taken[target.name] = step, loss, Ahead(gradient, pairs.get(target.name, {}))
 
     def _lasts(self, name: str, step: int) -> bool:
         """Whether the gradient that was taken last is good for this step, too."""
@@ -225,7 +236,11 @@ class First(Scheme):
     def state_dict(self) -> dict[str, Any]:
         """The gradients that later steps will use, by target and parameter; empty where none will."""
         return {
-            name: {"step": step, "loss": loss, "gradient": {self._names[p]: g for p, g in ahead.gradient.items()}}
+            name: {
+                "step": step,
+                "loss": loss,
+                "gradient": {self._names[p]: self._processes.whole(p, g) for p, g in ahead.gradient.items()},
+            }
             for name, (step, loss, ahead) in self._taken.items()
         }
 
@@ -233,7 +248,8 @@ class First(Scheme):
         """Go on with another run's gradients."""
         self._taken = {}
         for name, of in state.items():
-            gradient = {p: of["gradient"][n].to(p.device) for p, n in self._names.items() if n in of["gradient"]}
+            stored = {p: of["gradient"][n] for p, n in self._names.items() if n in of["gradient"]}
+            gradient = {p: self._processes.piece(p, g.to(p.device)) for p, g in stored.items()}
             self._taken[name] = int(of["step"]), float(of["loss"]), Ahead(gradient, {})
 
 
@@ -246,7 +262,8 @@ class Second(Scheme):
     def directions(self, targets: Sequence[Target], step: int, moves: Moves) -> dict[str, Direction]:
         piece = Piece(moves, 0.0, 1.0, self._room)
         back = piece.back()
-        return {target.name: _single(piece, target.second_order(step, back), 2) for target in targets}
+        found = second_orders(targets, step, back)
+        return {target.name: _single(piece, of, 2) for target, of in zip(targets, found, strict=True)}
 
 
 class Path(Scheme):
@@ -259,15 +276,15 @@ class Path(Scheme):
         if self._pieces == len(self._nodes) == 1:
             piece, ((x, _),) = Piece(moves, 0.0, 1.0, self._room), self._nodes
             with piece.at(x):
-                gradients = {target.name: target.gradient(step, list(moves)) for target in targets}
-            return {name: _single(piece, found, 1) for name, found in gradients.items()}
+                found = gradients(targets, step, list(moves))
+            return {target.name: _single(piece, of, 1) for target, of in zip(targets, found, strict=True)}
         sums = {target.name: _Sum() for target in targets}
         for k in range(self._pieces):
             piece = Piece(moves, k / self._pieces, (k + 1) / self._pieces, self._room)
             for x, weight in self._nodes:
                 with piece.at(x):
-                    for target in targets:
-                        sums[target.name].add(piece, target.gradient(step, list(moves)), weight)
+                    for target, of in zip(targets, gradients(targets, step, list(moves)), strict=True):
+                        sums[target.name].add(piece, of, weight)
         return {name: found.direction(self._pieces * len(self._nodes)) for name, found in sums.items()}
 
 
@@ -280,8 +297,8 @@ class Adaptive(Scheme):
     gradients in all. There are never more than `max_nodes`.
     """
 
-    def __init__(self, tolerance: float, max_nodes: int) -> None:
-        self._tolerance, self._max_nodes, self._room = tolerance, max_nodes, Room()
+    def __init__(self, tolerance: float, max_nodes: int, processes: Processes) -> None:
+        self._tolerance, self._max_nodes, self._room, self._processes = tolerance, max_nodes, Room(), processes
 
     def directions(self, targets: Sequence[Target], step: int, moves: Moves) -> dict[str, Direction]:
         piece = Piece(moves, 0.0, 1.0, self._room)
@@ -294,11 +311,11 @@ class Adaptive(Scheme):
                 if nodes > 1 and k % 3 == 1:  # a node of the third as many
                     continue
                 with piece.at((k + 0.5) / nodes):
-                    for target in unsettled:
-                        sums[target.name].add(piece, target.gradient(step, list(moves)))
+                    for target, of in zip(unsettled, gradients(unsettled, step, list(moves)), strict=True):
+                        sums[target.name].add(piece, of)
             for target in list(unsettled):
                 name = target.name
-                total = sums[name].total(moves) / nodes
+                total = sums[name].total(moves, self._processes) / nodes
                 allowed = self._tolerance * max(abs(total), abs(removed[name])) + slack[name]
                 if 3 * nodes > self._max_nodes or abs(total - removed[name]) <= allowed:
                     for q in sums[name].q.values():
@@ -312,11 +329,10 @@ class Adaptive(Scheme):
         self, targets: Sequence[Target], step: int, moves: Moves, piece: Piece
     ) -> tuple[dict[str, float], dict[str, float]]:
         """L(w + D(0)) - L(w + D(G)) by target, and how far its rounding may go."""
-        losses: dict[str, list[float]] = {target.name: [] for target in targets}
+        found = []
         for x in (0.0, 1.0):
             with piece.at(x):
-                for target in targets:
-                    losses[target.name].append(target.loss(step))
+                found.append(losses(targets, step))
         eps = max(torch.finfo(moved.weight.dtype).eps for moved in moves.values())
-        removed = {name: before - after for name, (before, after) in losses.items()}
-        return removed, {name: 4 * eps * abs(before) for name, (before, _) in losses.items()}
+        removed = {target.name: before - after for target, before, after in zip(targets, *found, strict=True)}
+        return removed, {target.name: 4 * eps * abs(before) for target, before in zip(targets, found[0], strict=True)}

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from inrun.direction import displaced
 from inrun.oracle import exact_shapley, monte_carlo_shapley
-from inrun.target import Target
+from inrun.target import Target, losses
 from inrun.update import Moved
 
 MOST_EXACT = 12  # players of a game that is played in full: 4096 losses
@@ -96,13 +96,13 @@ def play(
         InrunError: fewer than two permutations, where the game is too large to be played in full.
     """
     players = len(next(iter(values.values())))
-    losses = _losses_after(contributions, moves, targets, step)
+    losses_of = _losses_after(contributions, moves, targets, step)
     games = {}
     for target in targets:
-        nothing = losses(frozenset())[target.name]
+        nothing = losses_of(frozenset())[target.name]
 
         def utility(coalition: frozenset[int], name: str = target.name, nothing: float = nothing) -> float:
-            return nothing - losses(coalition)[name]
+            return nothing - losses_of(coalition)[name]
 
         if players <= MOST_EXACT:
             shapley, played = exact_shapley(utility, players), 0
@@ -145,7 +145,7 @@ def _losses_after(
         still = {p: _displacement(m, torch.zeros_like(m.gradient)) for p, m in moves.items() if p not in contributions}
     known: dict[frozenset[int], dict[str, float]] = {}
 
-    def losses(coalition: frozenset[int]) -> dict[str, float]:
+    def losses_of(coalition: frozenset[int]) -> dict[str, float]:
         if coalition not in known:
             members = sorted(coalition)
             with torch.no_grad():
@@ -154,10 +154,11 @@ def _losses_after(
                     for p, moved in moves.items()
                 }
             with displaced(move):
-                known[coalition] = {target.name: target.loss(step) for target in targets}
+                found = losses(targets, step)
+                known[coalition] = {target.name: loss for target, loss in zip(targets, found, strict=True)}
         return known[coalition]
 
-    return losses
+    return losses_of
 
 
 def _displacement(moved: Moved, gradient: Tensor) -> Tensor:

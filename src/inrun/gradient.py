@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from inrun.errors import InrunError
+from inrun.parallel import gradient_of, local
 from inrun.update import Moved
 
 _PART = 2**17  # entries looked at together: they fit a processor's cache
@@ -58,8 +59,8 @@ class Received:
     numbers. (What escapes these, written to few places past the versions, conservation meets: inrun.books.)
     """
 
-    def __init__(self, names: Mapping[nn.Parameter, str]) -> None:
-        self._names = names
+    def __init__(self, names: Mapping[nn.Parameter, str], *, copying: bool = False) -> None:
+        self._names, self._always = names, copying
         self.made: dict[nn.Parameter, Tensor] = {}  # the gradient as made, of those that have one; after `scales`
         self.squares: dict[nn.Parameter, Tensor] = {}  # of `made`
         self._copies: dict[nn.Parameter, Tensor] = {}
@@ -69,21 +70,22 @@ class Received:
 
     def keep(self) -> None:
         """Remember the gradients as they are."""
-        self._copying = self._touched or not self._looked
+        self._copying = self._always or self._touched or not self._looked
         self._marks, self.squares = {}, {}
         if not self._copying:
             self._copies.clear()
         for p in self._names:
-            if p.grad is None:
+            gradient = gradient_of(p)
+            if gradient is None:
                 self._copies.pop(p, None)
-            elif p.grad.is_sparse:
+            elif gradient.is_sparse:
                 raise InrunError(f"{self._names[p]}: sparse gradients are not supported: build it with sparse=False.")
             else:
-                self._marks[p] = _Mark(p.grad)
+                self._marks[p] = _Mark(gradient)
                 if self._copying:
                     if p not in self._copies:
-                        self._copies[p] = torch.empty_like(p, memory_format=torch.contiguous_format)
-                    self._copies[p].copy_(p.grad.detach())
+                        self._copies[p] = torch.empty_like(gradient, memory_format=torch.contiguous_format)
+                    self._copies[p].copy_(gradient)
                     self.squares[p] = square(self._copies[p])
 
     def _differ(self, now: Mapping[nn.Parameter, Tensor | None]) -> bool:
@@ -99,7 +101,7 @@ class Received:
 
         Raises InrunError if gradients changed otherwise: accumulation must go on from where it was.
         """
-        changed = {p: name for p, name in self._names.items() if self._differ({p: p.grad})}
+        changed = {p: name for p, name in self._names.items() if self._differ({p: gradient_of(p)})}
         known = [self._copies[p] if self._copying else self._marks[p].some for p in changed if p in self._marks]
         if not all(bool(gradient.isfinite().all()) for gradient in known):
             return True
@@ -166,8 +168,8 @@ class Received:
         rounding, largest_size = _UNIFORM, max((float(x.max()) for x in sizes.values() if x.numel()), default=0.0)
         for p in self._names:
             raw, new = self.made.get(p), received.get(p)
-            raw = torch.zeros_like(p) if raw is None else raw
-            new = torch.zeros_like(p) if new is None else new
+            raw = torch.zeros_like(local(p)) if raw is None else raw
+            new = torch.zeros_like(local(p)) if new is None else new
             made = raw != 0
             scales[p] = factors = new / raw
             if p in sizes:
@@ -175,7 +177,7 @@ class Received:
                 near = (new - raw).abs() <= _AGAIN * torch.finfo(raw.dtype).eps * largest_size
                 factors.masked_fill_(near, 1.0)
                 made |= near
-            if not p.numel():
+            if not raw.numel():
                 continue
             # a quotient of denormal numbers says nothing about the factor
             exact = raw.abs() > torch.finfo(raw.dtype).tiny / torch.finfo(raw.dtype).eps

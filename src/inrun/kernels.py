@@ -72,21 +72,21 @@ class Kernels:
     Args:
         targets: how many.
         at_once: examples' gradients are contracted as soon as they are formed (inrun.formed).
+        meets: every target's gradient is made here, of one batch, at every step.
         memory: bytes that gradients formed in a step may take; None: what the shapes say.
     """
 
     def __init__(
-        self, kernel: Kernel, units: Units, targets: int, at_once: bool, refresh: int, memory: int | None
+        self, kernel: Kernel, units: Units, targets: int, at_once: bool, meets: bool, memory: int | None
     ) -> None:
-        if kernel == "ghost" and (not at_once or refresh != 1):
+        if kernel == "ghost" and not (at_once and meets):
             raise InrunError(
                 "kernel='ghost' contracts the gradients of examples and targets as they are, which is what "
-                "scheme='first' with SGD and momentum='account' values, with a target pass at every step. Use "
-                "kernel='auto'."
+                "scheme='first' with SGD and momentum='account' values, with one target pass at every step, on one "
+                "process. Use kernel='auto'."
             )
         self._units, self._kernel, self._targets, self._at_once, self._memory = units, kernel, targets, at_once, memory
-        # a checkpoint holds a gradient that later steps use, but not what it was made of
-        self._ghosts = at_once and refresh == 1 and kernel in ("auto", "ghost")
+        self._ghosts = at_once and meets and kernel in ("auto", "ghost")
         self._device = next(iter(units.group_of)).device.type
         self._used = 0
         self.calls: list[Chosen] = []  # of the step

@@ -12,6 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from inrun.parallel import local
 from inrun.update import CoupledUpdate, Moved, Pull
 
 Moves = Mapping[nn.Parameter, Moved]
@@ -30,9 +31,9 @@ class Room:
 
     def like(self, name: str, p: nn.Parameter, dtype: torch.dtype) -> Tensor:
         """The tensor of this name for the parameter, laid out as it is; what it holds is what was written last."""
-        held = self._held.get((name, p))
-        if held is None or held.shape != p.shape or held.dtype != dtype or held.device != p.device:
-            held = self._held[name, p] = torch.empty_like(p.detach(), dtype=dtype)
+        held, here = self._held.get((name, p)), local(p)
+        if held is None or held.shape != here.shape or held.dtype != dtype or held.device != here.device:
+            held = self._held[name, p] = torch.empty_like(here, dtype=dtype)
         return held
 
     def work(self, block: Tensor) -> list[Tensor]:
@@ -131,7 +132,7 @@ class Piece:
         moved, there = self._moves[p], self._room.like("weight", p, p.dtype)
         if p in self._coupled:
             start, back, _ = self._coupled[p]
-            return torch.add(p, torch.sub(start, back, alpha=x), out=there)
+            return torch.add(moved.weight, torch.sub(start, back, alpha=x), out=there)
         chord = self._chords.get(p)
         whole = chord if isinstance(chord, Tensor) else self._room.like("chord", p, moved.gradient.dtype)
         for part, (weight, chord_part) in _blocks(moved, [there, whole]):
@@ -150,9 +151,11 @@ class Piece:
 
 def _alone(p: nn.Parameter, moved: Moved) -> bool:
     """Whether the parameter's memory is its own: part of no larger one, and looked at by no other tensor."""
+    if type(p) is not nn.Parameter:
+        return False
     storage = p.untyped_storage()
     between_processes = p.device.type == "cpu" and storage.is_shared()
-    if type(p) is not nn.Parameter or storage.nbytes() != p.nbytes or between_processes:
+    if storage.nbytes() != p.nbytes or between_processes:
         return False
     if storage.data_ptr() != moved.weight.untyped_storage().data_ptr():
         return False
@@ -164,8 +167,9 @@ def _alone(p: nn.Parameter, moved: Moved) -> bool:
 def _exchange(parameters: Sequence[nn.Parameter], others: Mapping[nn.Parameter, Tensor]) -> None:
     """The parameters' values against those of the other tensors."""
     for p in parameters:
-        kept = p.detach().clone()
-        p.copy_(others[p])
+        here = local(p)
+        kept = here.clone()
+        here.copy_(others[p])
         others[p].copy_(kept)
 
 

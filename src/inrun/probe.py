@@ -18,6 +18,7 @@ from inrun.found import Found
 from inrun.inputs import Inputs
 from inrun.judges import FindMixed, FindRows, example_dims, mixed_output
 from inrun.operations import Operations, Reads, drawn
+from inrun.parallel import Processes
 from inrun.recording import Comparison, Recording
 from inrun.rows import every_other, shuffled, without_last
 from inrun.target import Evaluation
@@ -27,9 +28,10 @@ from inrun.units import Unit, Units
 class Probe:
     """Runs a model to find the rows of every unit's outputs, and which parameters are used where."""
 
-    def __init__(self, model: nn.Module, units: Units) -> None:
-        self._model, self._units = model, units
-        self._evaluation, self._as_it_is = Evaluation(model), Evaluation(model, evaluate=False)
+    def __init__(self, processes: Processes, units: Units) -> None:
+        self._model, self._units, self._processes = processes.model, units, processes
+        self._evaluation = Evaluation(processes.model, processes=processes)
+        self._as_it_is = Evaluation(processes.model, processes=processes, evaluate=False)
 
     def find(self, inputs: Inputs, examples: int) -> Found:
         """The rows under this structure of inputs, with the units that the model's parameters have from now on.
@@ -46,6 +48,13 @@ class Probe:
                 found = self._trained(inputs, examples, found, reads)
             if not self._units.settle(reads, problems):
                 return found
+
+    def finish(self, inputs: Inputs, examples: int) -> None:
+        """Run the model with the others as long as one of them has something to find, where it takes all of them."""
+        while self._processes.sharded and self._processes.any(False):
+            with self._evaluation(), torch.no_grad():
+                args, kwargs = inputs.reordered([], torch.arange(examples))
+                self._model(*args, **kwargs)
 
     def _rows(
         self, inputs: Inputs, carrying: list[int], order: Tensor, reads: Reads | None
@@ -172,6 +181,10 @@ class Probe:
         comparison: Comparison | None = None,
     ) -> Recording:
         """One forward on the examples `order`, without gradients; in eval mode unless `train`."""
+        sharded = self._processes.sharded
+        if sharded:  # the others run theirs with this one
+            self._processes.any(True)
+            reads = None  # of weights that are there for the moment
         recording = Recording(len(order), expand, comparison, Operations(reads, still))
         before = drawn()
         try:
@@ -180,7 +193,8 @@ class Probe:
             told = warnings.catch_warnings()  # what a forward warns of without gradients is not the user's doing
             with evaluation as state, torch.no_grad(), recording.of(self._units.all), told:
                 warnings.simplefilter("ignore")
-                with recording.operations.keeping(self._model.parameters()), recording.operations:
+                kept = [] if sharded else list(self._model.parameters())
+                with recording.operations.keeping(kept), recording.operations:
                     recording.output = self._model(*args, **kwargs)
                 recording.moved = state.moved()
                 recording.random_state = torch.get_rng_state()

@@ -3,7 +3,7 @@
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
 
@@ -12,12 +12,14 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from inrun.errors import InrunError, NonFiniteError
+from inrun.parallel import Processes, gradient_of
 from inrun.state import State, preserved_random_state
 from inrun.tangent.generic import plain_kernels
 from inrun.trees import held
 
 DOUBLE_BACKWARD = "attention and recurrent layers by their plain (math) kernels"
 Loss = Callable[[nn.Module, Any], Tensor]
+Gradients = tuple[float, list[Tensor | None]]  # a loss in nats, and its gradient by parameter: None where it has none
 
 
 _aside: ContextVar[bool] = ContextVar("aside", default=False)
@@ -57,9 +59,9 @@ class Evaluation:
     Modes, random states, buffers and attributes (inrun.state).
     """
 
-    def __init__(self, model: nn.Module, *, evaluate: bool = True, called: nn.Module | None = None) -> None:
-        self.model = model
-        self.called = model if called is None else called  # what torch.compile may have made of the model
+    def __init__(self, model: nn.Module, *, evaluate: bool = True, processes: Processes | None = None) -> None:
+        self.processes = Processes(model, alone=True) if processes is None else processes
+        self.model = self.processes.model
         self.graphs = False  # are used, and made
         self.autocast: torch.dtype | None = None  # the precision that the training's forward is cast to
         self._evaluate = evaluate
@@ -79,6 +81,7 @@ class Evaluation:
         finally:
             _aside.reset(token)
             torch.clear_autocast_cache()
+            self.processes.reshard()
             state.restore()
 
     @contextmanager
@@ -93,43 +96,57 @@ class Evaluation:
 
 
 class Target:
-    """The batches of one target, used in rotation, each for `every` steps."""
+    """The batches of one target, used in rotation, `each` of them at a step, for `every` steps."""
 
-    def __init__(self, name: str, batches: Any, loss: Loss, evaluation: Evaluation, every: int = 1) -> None:
+    def __init__(
+        self, name: str, batches: Any, loss: Loss, evaluation: Evaluation, every: int = 1, each: int = 1
+    ) -> None:
         self.name = name
         self.batches = _as_batches(name, batches, evaluation.model)
-        self._loss, self._evaluation, self._every = loss, evaluation, every
+        if each > len(self.batches):
+            raise InrunError(f"target {name!r} has {len(self.batches)} batch(es), and target_batches={each} use more.")
+        self.evaluation, self.each = evaluation, each
+        self._loss, self._every = loss, every
 
-    def _place(self, step: int) -> int:
-        return step // self._every % len(self.batches)
+    def _place(self, step: int, k: int) -> int:
+        return (step // self._every * self.each + k) % len(self.batches)
 
-    def loss(self, step: int) -> float:
-        """The mean loss of the step's batch, in nats, in eval mode and without a gradient."""
-        with self._evaluation(), torch.no_grad():
-            return float(self._checked(step).detach())
+    def loss_of(self, step: int, k: int) -> float:
+        """The mean loss of the k-th of the step's batches, in nats, in eval mode and without a gradient."""
+        with self.evaluation(), torch.no_grad():
+            return float(self._checked(step, k).detach())
 
-    def gradient(self, step: int, parameters: Sequence[nn.Parameter]) -> tuple[float, list[Tensor | None]]:
-        """The step's loss and its gradient by parameter: None where the loss does not depend on it.
+    def gradient_of(self, step: int, k: int, parameters: Sequence[nn.Parameter]) -> Gradients:
+        """The loss of the k-th of the step's batches and its gradient by parameter.
 
-        Raises InrunError if the loss is not a scalar or does not depend on any of the parameters, NonFiniteError if it
-        is not finite.
+        Raises InrunError if the loss is not a scalar, or does not depend on any of the parameters.
         """
-        with self._evaluation(), torch.enable_grad():
-            loss = self._checked(step)
+        with self.evaluation(), torch.enable_grad():
+            loss = self._checked(step, k)
             gradients = _derivatives(loss, parameters)
-        return self._finite(loss, step, gradients), gradients
+        self.check_depends(gradients)
+        return float(loss.detach()), gradients
 
-    def second_order(self, step: int, back: Mapping[nn.Parameter, Tensor]) -> tuple[float, list[Tensor | None]]:
-        """The step's loss and grad L - 1/2 H back by parameter, H the Hessian of the loss over all parameters.
+    def backward(self, step: int, k: int, weight: float) -> float:
+        """Add `weight` times the gradient to that of the model's parameters, and return the loss."""
+        with self.evaluation(), torch.enable_grad():
+            loss = self._checked(step, k)
+            if loss.requires_grad:
+                (loss * weight).backward()  # type: ignore[no-untyped-call]
+        return float(loss.detach())
+
+    def second_order_of(self, step: int, k: int, back: Mapping[nn.Parameter, Tensor]) -> Gradients:
+        """The loss of the k-th of the step's batches and grad L - 1/2 H back by parameter, H the Hessian of the loss
+        over all parameters.
 
         By a double backward pass, uncompiled; attention and recurrent layers run in the plain form that has one. Raises
-        as `gradient` does, and InrunError where another operator has no double backward.
+        as `gradient_of` does, and InrunError where another operator has no double backward.
         """
         parameters = list(back)
-        with self._evaluation(), torch.enable_grad(), plain_kernels(), uncompiled():
-            loss = self._checked(step)
+        with self.evaluation(), torch.enable_grad(), plain_kernels(), uncompiled():
+            loss = self._checked(step, k)
             gradients = _derivatives(loss, parameters, create_graph=True)
-            value = self._finite(loss, step, gradients)
+            self.check_depends(gradients)
             along = torch.stack(
                 [(g * v).sum().double() for g, v in zip(gradients, back.values(), strict=True) if g is not None]
             ).sum()
@@ -143,28 +160,30 @@ class Target:
                     f"target {self.name!r}: scheme='second' needs a double backward pass, and an operator of the model "
                     f"has none ({error}). Use scheme='path', which needs none."
                 ) from error
-        return value, [
+        return float(loss.detach()), [
             g if g is None else g.detach() if turn is None else g.detach() - turn / 2
             for g, turn in zip(gradients, turns, strict=True)
         ]
 
-    def _finite(self, loss: Tensor, step: int, gradients: Sequence[Tensor | None]) -> float:
-        """The loss as a number, of a target that depends on the model."""
+    def check_depends(self, gradients: Sequence[Tensor | None]) -> None:
+        """Raise InrunError if the target does not depend on the model."""
         if all(gradient is None for gradient in gradients):
             raise InrunError(
                 f"target {self.name!r}: its loss does not depend on any parameter that the optimizer moves, so no "
                 "example can have a value for it. Check that `loss` calls the model it is given, and does not detach "
                 "its output."
             )
-        value = float(loss.detach())
-        if not math.isfinite(value):
-            raise NonFiniteError(f"the loss of target {self.name!r} is {value} on its batch {self._place(step)}")
-        return value
 
-    def _checked(self, step: int) -> Tensor:
-        batch = self.batches[self._place(step)]
+    def check_finite(self, loss: float, step: int) -> None:
+        """Raise NonFiniteError if the step's loss is not."""
+        if not math.isfinite(loss):
+            places = ", ".join(str(self._place(step, k)) for k in range(self.each))
+            raise NonFiniteError(f"the loss of target {self.name!r} is {loss} on its batch {places}")
+
+    def _checked(self, step: int, k: int) -> Tensor:
+        batch = self.batches[self._place(step, k)]
         before = dict(held(batch))
-        loss = self._loss(self._evaluation.called, batch)
+        loss = self._loss(self.evaluation.processes.called, batch)
         if any(before.get(x, version) != version for x, version in held(batch)):
             raise InrunError(
                 f"target {self.name!r}: loss(model, batch) writes to the batch in place, which would be another one "
@@ -179,6 +198,107 @@ class Target:
                 f"{what}."
             )
         return loss.reshape(())
+
+
+def losses(targets: Sequence[Target], step: int) -> list[float]:
+    """The step's loss of every target, in nats: the mean over its batches of the step, which processes share out."""
+    if not targets:
+        return []
+    found = torch.zeros(len(targets), dtype=torch.float64)
+    processes = targets[0].evaluation.processes
+    for k, target in enumerate(targets):
+        if processes.sharded:
+            for j, weight in processes.together(target.each):
+                found[k] += processes.share * weight * target.loss_of(step, j)
+    if not processes.sharded:
+        for k, j in processes.mine(_work(targets)):
+            found[k] += targets[k].loss_of(step, j) / targets[k].each
+    return _summed(found, targets)
+
+
+def gradients(
+    targets: Sequence[Target],
+    step: int,
+    parameters: Sequence[nn.Parameter],
+    around: Callable[[Target], AbstractContextManager[None]] = lambda target: nullcontext(),
+) -> list[Gradients]:
+    """The step's loss of every target and its gradient by parameter, which processes share out; `around` every pass.
+
+    Raises InrunError if a loss is not a scalar or does not depend on any of the parameters, NonFiniteError if it is not
+    finite.
+    """
+    if targets and targets[0].evaluation.processes.sharded:
+        return [_gradient_in_pieces(target, step, parameters) for target in targets]
+
+    def of(target: Target, k: int) -> Gradients:
+        with around(target):
+            return target.gradient_of(step, k, parameters)
+
+    return _shared_out(targets, step, parameters, of)
+
+
+def second_orders(targets: Sequence[Target], step: int, back: Mapping[nn.Parameter, Tensor]) -> list[Gradients]:
+    """The same with grad L - 1/2 H back by parameter (`Target.second_order_of`)."""
+    return _shared_out(targets, step, list(back), lambda target, k: target.second_order_of(step, k, back))
+
+
+def _work(targets: Sequence[Target]) -> list[tuple[int, int]]:
+    """All the batches of a step, each by its target and its place."""
+    return [(k, j) for k, target in enumerate(targets) for j in range(target.each)]
+
+
+def _shared_out(
+    targets: Sequence[Target],
+    step: int,
+    parameters: Sequence[nn.Parameter],
+    gradients_of: Callable[[Target, int], Gradients],
+) -> list[Gradients]:
+    if not targets:
+        return []
+    processes = targets[0].evaluation.processes
+    found = torch.zeros(len(targets), dtype=torch.float64)
+    sums: list[list[Tensor | None]] = [[None] * len(parameters) for _ in targets]
+    for k, j in processes.mine(_work(targets)):
+        target, mine = targets[k], sums[k]
+        loss, parts = gradients_of(target, j)
+        found[k] += loss / target.each
+        for at, part in enumerate(parts):
+            if part is not None:
+                so_far, part = mine[at], part if target.each == 1 else part / target.each
+                mine[at] = part if so_far is None else so_far + part
+    values = _summed(found, targets)
+    for target, value in zip(targets, values, strict=True):
+        target.check_finite(value, step)
+    return list(zip(values, processes.totals(sums, parameters), strict=True))
+
+
+def _gradient_in_pieces(target: Target, step: int, parameters: Sequence[nn.Parameter]) -> Gradients:
+    """The same where weights are sharded: by a backward pass of all processes, as in training, whose own is kept."""
+    processes = target.evaluation.processes
+    kept = [(p, p.grad) for p in target.evaluation.model.parameters()]
+    loss = torch.zeros(1, dtype=torch.float64)
+    try:
+        for p, _ in kept:
+            p.grad = None
+        for k, weight in processes.together(target.each):
+            loss += processes.share * weight * target.backward(step, k, weight)
+        found = [gradient_of(p) for p in parameters]
+    finally:
+        for p, gradient in kept:
+            p.grad = gradient
+    (value,) = _summed(loss, [target])
+    target.check_depends(found)
+    target.check_finite(value, step)
+    return value, found
+
+
+def _summed(found: Tensor, targets: Sequence[Target]) -> list[float]:
+    """Losses of which every process has its share."""
+    processes = targets[0].evaluation.processes
+    if processes.size == 1:
+        return [float(x) for x in found]
+    device = next(targets[0].evaluation.model.parameters()).device
+    return [float(x) for x in processes.total(found.to(device))]
 
 
 def check_twice_differentiable(x: Tensor) -> None:

@@ -15,6 +15,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from inrun.errors import InrunError
+from inrun.parallel import in_place_of
 from inrun.tangent.rules import has_closed_form
 
 Stack = tuple[nn.Module, ...]  # modules whose calls are open, the outermost first
@@ -44,7 +45,7 @@ class Unit:
         Raises InrunError if it has some of them.
         """
         own = [(n, p) for n, p in self.parameters.items() if n in self.module._parameters]
-        here = [n for n, p in own if self.module._parameters[n] is p]
+        here = [n for n, p in own if in_place_of(p, self.module._parameters[n])]
         if here and len(here) < len(own):
             raise InrunError(
                 f"{self.name}: it was called with other parameters in place of some of its own, by functional_call: "

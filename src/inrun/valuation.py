@@ -1,5 +1,6 @@
 """From what a step's batches captured to the step's values: directions, contraction, books."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,12 +17,13 @@ from inrun.formed import Ahead
 from inrun.game import Game, play
 from inrun.gradient import BY_VALUE, Received
 from inrun.packed import Id
+from inrun.parallel import Processes
 from inrun.parts import Parts
 from inrun.piece import Moves
 from inrun.step import Microbatch, Step
 from inrun.tangent.contraction import contract
 from inrun.tangent.per_example import per_example_gradients
-from inrun.target import Target
+from inrun.target import Target, losses
 from inrun.units import Units
 
 
@@ -87,10 +89,11 @@ class Account:
         targets: Sequence[Target],
         scheme: Scheme,
         units: Units,
+        processes: Processes,
         parts: Parts | None = None,
         token_values: bool = False,
     ) -> None:
-        self._targets, self._scheme, self._units = targets, scheme, units
+        self._targets, self._scheme, self._units, self._processes = targets, scheme, units, processes
         self._parts, self._token_values = parts or Parts(), token_values
 
     def ahead(self, step: int, watch: Watch) -> list[Ahead] | None:
@@ -126,13 +129,17 @@ class Account:
         batches, directions = [microbatch.captured for microbatch in pending], list(found.values())
         paid = self._paid(batches, moves, scales)
         groups, group_of = self._units.joined(call.unit for batch in batches for call in batch.calls)
-        through = contract(batches, directions, scales, paid, received, group_of, len(groups), self._parts.of)
+        units = list(dict.fromkeys([*self._units.all, *(call.unit for batch in batches for call in batch.calls)]))
+        through = contract(
+            batches, directions, scales, paid, received, units, group_of, len(groups), self._parts.of, self._processes
+        )
         values = through.values.cpu()
         tokens = _in_one([block.tokens for block in through.blocks]) if self._token_values else None
         by_id = [block.by_id() for block in through.blocks] if self._token_values else []
         parts = None if through.by_module is None else through.by_module.cpu()
         for k, (name, direction) in enumerate(found.items()):
-            if not bool(values[k].isfinite().all()):
+            total = float(through.total[k])
+            if not math.isfinite(total):
                 raise NonFiniteError(f"a value for target {name!r} is not finite")
             where = f"step {step}, target {name!r}"
             seen, size, expected, lengths, rounding = (
@@ -147,7 +154,7 @@ class Account:
                 valued.step.by_module[name] = dict(zip(self._parts.names, parts[k], strict=True))
             valued.rows[name] = {
                 "loss": direction.loss,
-                "value": float(values[k].sum()),
+                "value": total,
                 "conservation": conservation,
                 "target_gradients": direction.target_gradients,
             }
@@ -178,7 +185,8 @@ class Account:
         """The steps that are final now that the optimizers have taken this one, their rows complete."""
         step = valued.step
         self._scheme.done(step.step)
-        for target in self._targets:
+        after_step = losses(self._targets, step.step) if valued.losses else [0.0] * len(self._targets)
+        for target, after in zip(self._targets, after_step, strict=True):
             found = valued.rows.setdefault(target.name, {})
             found |= {
                 "step": step.step,
@@ -189,7 +197,6 @@ class Account:
             }
             if target.name in valued.losses:
                 before, after_momentum, after_zero = valued.losses[target.name]
-                after = target.loss(step.step)
                 found |= Audit(before, after_momentum, after_zero, after).row(found["value"])
         return [valued]
 

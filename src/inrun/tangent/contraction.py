@@ -8,6 +8,7 @@ all units add up to <g_i, q>, those of shared parameters included, since q is th
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -19,11 +20,13 @@ from inrun.captured import Call, Captured
 from inrun.direction import Direction
 from inrun.formed import crossed, products, shares
 from inrun.gradient import Received, wide
+from inrun.parallel import Processes, local
 from inrun.tangent.fused import formed_late
 from inrun.tangent.generic import NoForwardModeError
 from inrun.tangent.per_example import pull_back_each
 from inrun.tangent.rules import tangent
 from inrun.tangent.twice import NotTwiceDifferentiableError, by_double_backward
+from inrun.units import Unit
 
 _Targets = slice | Sequence[int]  # a slice, if it is all of them, costs less
 _ALL = slice(None)
@@ -57,8 +60,9 @@ class Block:
 
 @dataclass
 class Contracted:
-    """phi_i by target, float64 [targets, values], in nats: of examples, or of packed documents. The same by `blocks`
-    for tokens, and, if it is asked for, in parts by module, [targets, modules, values].
+    """phi_i by target, float64 [targets, values], in nats: of examples, or of packed documents; and their `total` over
+    all processes. The same by `blocks` for tokens, and, if it is asked for, in parts by module, [targets, modules,
+    values].
 
     For the books, by target and group of units, [targets, groups]: what came through the group and the size of its
     parts, zero if nothing did; <G, q>, which it should be, and |G| |q|; and, where half precision was used, what one
@@ -66,6 +70,7 @@ class Contracted:
     """
 
     values: Tensor
+    total: Tensor
     seen: Tensor
     size: Tensor
     expected: Tensor
@@ -73,10 +78,11 @@ class Contracted:
     rounding: Tensor
     by_module: Tensor | None
     blocks: list[Block]
+    share: float  # what a gradient that is made here counts in the received one
 
     @classmethod
     def nothing(
-        cls, targets: int, batches: Sequence[Captured], groups: int, modules: int, device: torch.device
+        cls, targets: int, batches: Sequence[Captured], groups: int, modules: int, device: torch.device, share: float
     ) -> "Contracted":
         def zeros(*n: int) -> Tensor:
             return torch.zeros(targets, *n, dtype=torch.float64, device=device)
@@ -88,12 +94,14 @@ class Contracted:
         ]
         parts = zeros(modules, ends[-1]) if modules else None
         seen, size, expected, lengths, rounding = (zeros(groups) for _ in range(5))
-        return cls(zeros(ends[-1]), seen, size, expected, lengths, rounding, parts, blocks)
+        return cls(zeros(ends[-1]), zeros(), seen, size, expected, lengths, rounding, parts, blocks, share)
 
     def add(self, shares: Tensor, size: Tensor, group: int, module: int, block: Block, targets: _Targets) -> None:
         """The shares of a block's examples, [targets, examples], or of their tokens, [targets, examples, time], that
         came through a group, and through a module of it.
         """
+        if self.share != 1.0:
+            shares, size = shares * self.share, size * self.share
         self.seen[targets, group] += shares.flatten(1).sum(dim=-1)
         self.size[targets, group] += size
         if block.tokens is not None:
@@ -103,6 +111,13 @@ class Contracted:
         if self.by_module is not None:
             self.by_module[targets, module, block.place] += shares
 
+    def summed(self, processes: Processes) -> None:
+        """Have the books of all processes, with the values of this one."""
+        books = torch.stack([self.seen, self.size, self.expected, self.lengths, self.rounding])
+        both = processes.total(torch.cat([self.values.sum(dim=1), books.flatten()]))
+        self.total = both[: len(self.values)]
+        self.seen, self.size, self.expected, self.lengths, self.rounding = both[len(self.values) :].view_as(books)
+
 
 def contract(
     batches: Sequence[Captured],
@@ -110,22 +125,25 @@ def contract(
     scales: Mapping[nn.Parameter, Tensor] | None,
     paid: Mapping[nn.Parameter, Tensor | float],
     received: Received,
+    units: Sequence[Unit],
     group_of: Mapping[nn.Parameter, int],
     groups: int,
     module_of: Mapping[nn.Parameter, int],
+    processes: Processes,
 ) -> Contracted:
-    """<g_i, q> of a step's batches for the direction q of every target.
+    """<g_i, q> of a step's batches for the direction q of every target; the books are those of all processes.
 
     Args:
         scales: g_i as the optimizer receives it over g_i as backward made it, by parameter; it goes over to q.
         paid: by parameter, q over the vector with which its gradients were contracted on the spot (inrun.formed).
         received: the gradient that backward made.
+        units: those that may have been called, on all processes in one order.
         group_of: the group that a parameter belongs to, of so many `groups`.
         module_of: the part of the values that it belongs to (inrun.parts); empty if none is asked for.
     """
     device = next(iter(group_of)).device
     modules = max(module_of.values(), default=-1) + 1
-    found = Contracted.nothing(len(directions), batches, groups, modules, device)
+    found = Contracted.nothing(len(directions), batches, groups, modules, device, processes.share)
     halves = _precisions(batches, group_of)
     for p, group in group_of.items():
         depending = [k for k, direction in enumerate(directions) if p in direction.vectors]
@@ -134,13 +152,15 @@ def contract(
             factor = _times(directions[depending[0]].factors.get(p), None if scales is None else scales[p])
             kept = [(b.captured.formed.kept[p], b) for b in found.blocks if p in b.captured.formed.kept]
             vectors = [directions[k].vectors[p] for k in depending]
-            of = [g for g, _ in kept]
-            parts, inner, squares, both = products(of, received.made.get(p), vectors, factor, group in halves)
+            parts, inner, squares, both = products(
+                [g for g, _ in kept], received.made.get(p), vectors, factor, group in halves
+            )
             for part, (_, block) in zip(parts, kept, strict=True):
                 found.add(part, part.abs().sum(dim=1), group, module_of.get(p, 0), block, towards)
             if p in received.made:
-                found.expected[towards, group] += inner
-                found.lengths[towards, group] += squares.sqrt() * received.squares[p].sqrt()
+                copies = processes.copies(p)
+                found.expected[towards, group] += inner / copies
+                found.lengths[towards, group] += squares.sqrt() * received.squares[p].sqrt() / copies
             if group in halves:
                 # relative to a number, and of the smallest ones by themselves
                 eps, least = halves[group].eps, halves[group].eps * halves[group].smallest_normal
@@ -149,7 +169,7 @@ def contract(
                     # the terms of G were rounded on their way, too
                     q = [_received_q(directions[k], p, scales) for k in depending]
                     for g, _ in kept:
-                        found.rounding[towards, group] += eps * crossed(g, q).sqrt()
+                        found.rounding[towards, group] += eps * crossed(g, q).sqrt() * found.share
     for block in found.blocks:
         formed = block.captured.formed
         for p, with_vectors in formed.paid.items():
@@ -158,8 +178,14 @@ def contract(
             if p in formed.crossed:
                 rounding = halves[group_of[p]].eps * formed.crossed[p].sqrt()
                 found.rounding[:, group_of[p]] += (rounding * paid[p]).abs()
+    calls: dict[Unit, list[tuple[Call, Block]]] = {unit: [] for unit in units}
+    for block in found.blocks:
         for call in block.captured.calls:
-            _contract_call(call, block, directions, scales, group_of, module_of, found)
+            calls[call.unit].append((call, block))
+    for unit, of in calls.items():
+        if of or processes.sharded:  # the others may have some
+            _contract_unit(unit, of, directions, scales, group_of, module_of, found, processes)
+    found.summed(processes)
     return found
 
 
@@ -193,47 +219,76 @@ def _received_q(direction: Direction, p: nn.Parameter, scales: Mapping[nn.Parame
     return q if scales is None else q * scales[p]
 
 
-def _contract_call(
-    call: Call,
-    block: Block,
+def _contract_unit(
+    unit: Unit,
+    calls: Sequence[tuple[Call, Block]],
     directions: Sequence[Direction],
     scales: Mapping[nn.Parameter, Tensor] | None,
     group_of: Mapping[nn.Parameter, int],
     module_of: Mapping[nn.Parameter, int],
     found: Contracted,
+    processes: Processes,
 ) -> None:
-    batch, parameters = block.captured, call.unit.parameters
+    """The calls of a unit. Where its weights are sharded, every process gathers the unit's part of every q."""
+    parameters = unit.parameters
     group = group_of[next(iter(parameters.values()))]
-    everyone = range(len(directions))
 
     def towards(k: int) -> dict[str, Tensor]:
         """The unit's part of a target's q."""
-        direction = directions[k]
-        return {n: _received_q(direction, p, scales) for n, p in parameters.items() if p in direction.vectors}
+        of = {n: p for n, p in parameters.items() if p in directions[k].vectors}
+        return {n: processes.whole(p, _received_q(directions[k], p, scales)) for n, p in of.items()}
 
-    if call.late:
-        q = [towards(k) for k in everyone]
-        names = {p: name for name, p in parameters.items()}
-        for p, rows, g in formed_late(call, batch.examples):
-            vectors = [of[names[p]][rows] if names[p] in of else torch.zeros_like(p[rows]) for of in q]
-            part = shares(g, vectors)
-            found.add(part, part.abs().sum(dim=1), group, module_of.get(p, 0), block, _ALL)
-            if g.dtype.itemsize < 4:
-                found.rounding[:, group] += torch.finfo(g.dtype).eps * crossed(g, vectors).sqrt()
+    late = [(call, block) for call, block in calls if call.late]
+    again = [(call, block) for call, block in calls if not call.late]
+    if late:
+        q = [towards(k) for k in range(len(directions))]
+        for call, block in late:
+            _contract_late(call, block, q, group, module_of, found)
+    if not again and not processes.sharded:
         return
-    for k in everyone:
+    weights = None
+    if processes.sharded and not unit.closed_form:
+        weights = {n: processes.whole(p, local(p)) for n, p in unit.module.named_parameters(remove_duplicate=False)}
+    for k in range(len(directions)):
         for module, direction in _by_module(towards(k), parameters, module_of):
-            try:
-                mine, size, rounding = _contract_tangent(call, direction, batch, tangent)
-            except NoForwardModeError:
-                try:
-                    mine, size, rounding = _contract_tangent(call, direction, batch, by_double_backward)
-                except NotTwiceDifferentiableError:
-                    if batch.by_token:
-                        raise
-                    mine, size, rounding = _contract_pulled_back(call, direction, batch.examples)
-            found.add(mine[None], size, group, module, block, [k])
-            found.rounding[k, group] += rounding
+            for call, block in again:
+                mine, size, rounding = _contract_again(call, direction, block.captured, weights)
+                found.add(mine[None], size, group, module, block, [k])
+                found.rounding[k, group] += rounding * found.share
+
+
+def _contract_late(
+    call: Call,
+    block: Block,
+    q: Sequence[Mapping[str, Tensor]],
+    group: int,
+    module_of: Mapping[nn.Parameter, int],
+    found: Contracted,
+) -> None:
+    names = {p: name for name, p in call.unit.parameters.items()}
+    for p, rows, g in formed_late(call, block.captured.examples):
+        vectors = [of[names[p]][rows] if names[p] in of else torch.zeros_like(p[rows]) for of in q]
+        part = shares(g, vectors)
+        found.add(part, part.abs().sum(dim=1), group, module_of.get(p, 0), block, _ALL)
+        if g.dtype.itemsize < 4:
+            found.rounding[:, group] += torch.finfo(g.dtype).eps * crossed(g, vectors).sqrt() * found.share
+
+
+def _contract_again(
+    call: Call, direction: Mapping[str, Tensor], batch: Captured, weights: Mapping[str, Tensor] | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """By forward mode, or where an operator has none by a double backward, or by one pull-back per example."""
+    try:
+        return _contract_tangent(call, direction, batch, partial(tangent, weights=weights))
+    except NoForwardModeError:
+        if weights is not None:
+            raise
+    try:
+        return _contract_tangent(call, direction, batch, by_double_backward)
+    except NotTwiceDifferentiableError:
+        if batch.by_token:
+            raise
+    return _contract_pulled_back(call, direction, batch.examples)
 
 
 def _by_module(
@@ -254,10 +309,11 @@ def _contract_tangent(
     """
     scale = 1.0
     own = call.unit.parameters
-    if torch.float16 in (call.autocast, *(p.dtype for p in own.values())):  # it has no numbers as small as q is
+    dtypes = {name: call.dtype_of(p) for name, p in own.items()}
+    if torch.float16 in (call.autocast, *dtypes.values()):  # it has no numbers as small as q is
         largest = max(float(q.abs().max()) if q.numel() else 0.0 for q in direction.values())
         scale = 2.0 ** -math.frexp(largest)[1] if largest else 1.0
-    direction = {name: (q if scale == 1.0 else q * scale).to(own[name].dtype) for name, q in direction.items()}
+    direction = {name: (q if scale == 1.0 else q * scale).to(dtypes[name]) for name, q in direction.items()}
     args, kwargs = call.inputs()
     with call.again():
         leaves, _ = tree_flatten(tangent_of(call.unit.module, direction, args, kwargs, call.before))

@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from inrun.errors import InrunError
+from inrun.parallel import is_sharded
 from inrun.state import Before, State
 from inrun.trees import flatten
 
@@ -55,8 +56,10 @@ def run_again(
 
 @contextmanager
 def _given(module: nn.Module) -> Iterator[None]:
-    """Inside the block the module takes its arguments as they are: what its hooks made of them once."""
-    kept = module._forward_pre_hooks
+    """Inside the block the module takes its arguments as they are: what its hooks made of them once. Those that gather
+    the weights of a sharded module, which are given, do not run.
+    """
+    kept, after = module._forward_pre_hooks, module._forward_hooks
 
     def without_result(hook: Callable[..., Any]) -> Callable[..., None]:
         def call(*args: Any) -> None:
@@ -64,11 +67,15 @@ def _given(module: nn.Module) -> Iterator[None]:
 
         return call
 
-    module._forward_pre_hooks = type(kept)((key, without_result(hook)) for key, hook in kept.items())
+    sharded = is_sharded(module)
+    hooks = [] if sharded else [(key, without_result(hook)) for key, hook in kept.items()]
+    module._forward_pre_hooks = type(kept)(hooks)
+    if sharded:
+        module._forward_hooks = type(after)()
     try:
         yield
     finally:
-        module._forward_pre_hooks = kept
+        module._forward_pre_hooks, module._forward_hooks = kept, after
 
 
 @contextmanager
@@ -128,17 +135,21 @@ def forward_mode(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     before: Before | None = None,
+    weights: Mapping[str, Tensor] | None = None,
 ) -> Any:
     """J(args) direction by running the module again on dual numbers: exact for any differentiable module.
 
     Of an output that is not a tensor, the list of its leaves' tangents, None for what has none.
 
     It finds what the first run did (`before`), and attention and recurrent layers run in their plain form, which has a
-    forward mode. Raises NoForwardModeError where an operator has none.
+    forward mode. `weights` are all of the module's parameters, where it does not hold them whole. Raises
+    NoForwardModeError where an operator has none.
     """
-    own = dict(module.named_parameters(remove_duplicate=False))  # of a module inside, too
+    own: Mapping[str, Tensor] = dict(module.named_parameters(remove_duplicate=False))  # of a module inside, too
+    if weights is not None:
+        own = weights
     with torch.no_grad(), plain_kernels(), forward_ad.dual_level():
-        duals: dict[str, Tensor] = {}
+        duals: dict[str, Tensor] = dict(weights or {})
         for name, towards in direction.items():
             parameter = own[name].detach()
             duals[name] = forward_ad.make_dual(parameter, towards.to(parameter.dtype))  # type: ignore[no-untyped-call]

@@ -40,8 +40,9 @@ def linear_in_parameters(
     module: nn.Module, direction: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     """The module with `direction` for its parameters (zero for those it does not name), on the same input."""
+    some = next(iter(direction.values()))
     own = {
-        name: direction[name] if name in direction else torch.zeros_like(parameter)
+        name: direction[name] if name in direction else some.new_zeros(parameter.shape)
         for name, parameter in module.named_parameters(recurse=False)
     }
     with torch.no_grad():

@@ -42,6 +42,8 @@ class Rules(Generic[R]):
         if not set(module._parameters) <= {"weight", "bias"} or elsewhere or is_parametrized(module):
             return None  # weight norm, or a weight that is a buffer: not linear in what it owns
         for kind in type(module).__mro__:
+            if not issubclass(kind, nn.Module):  # what fully_shard, say, mixes in
+                continue
             if not all(getattr(type(module), name, None) is getattr(kind, name, None) for name in _COMPUTES):
                 return None
             rule = self._rules.get(kind) or self._rules.get(f"{kind.__module__}.{kind.__qualname__}")
@@ -65,11 +67,13 @@ def tangent(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     before: Before | None = None,
+    weights: Mapping[str, Tensor] | None = None,
 ) -> Any:
     """The derivative of module(*args, **kwargs) in `direction` of its parameters, in the structure of the output.
 
     Those of modules inside it have dotted names.
-    Parameters that `direction` does not name stand still. `before` is what the call found.
+    Parameters that `direction` does not name stand still. `before` is what the call found; `weights` are all parameters
+    of a module that holds only pieces of them.
     """
     if isinstance(module, nn.Embedding) and "weight" in direction:
         ids, *_ = *args, *kwargs.values()
@@ -78,4 +82,4 @@ def tangent(
     rule = _tangents.of(module)
     if rule is not None and not any("." in name for name in direction):
         return rule(module, direction, args, kwargs)
-    return forward_mode(module, direction, args, kwargs, before)
+    return forward_mode(module, direction, args, kwargs, before, weights)

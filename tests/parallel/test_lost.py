@@ -1,0 +1,78 @@
+"""A process that dies, hangs or differs leaves no other waiting: each says what happened, and to whom."""
+
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from inrun import Ledger
+from tests.parallel.runs import ROOT, environment
+from tests.parallel.worker import Run, stored
+
+
+def alone_together(
+    runs: list[list[Run]], place: Path, patience: float = 120.0
+) -> list[subprocess.CompletedProcess[str]]:
+    """The processes, each with its own list of runs, without a launcher that ends the others when one has ended."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    processes = []
+    for rank, mine in enumerate(runs):
+        of = {"RANK": str(rank), "WORLD_SIZE": str(len(runs)), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, "-m", "tests.parallel.worker", str(stored(mine, place / f"{rank}.json"))],
+                cwd=ROOT, env=environment() | of, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            )
+        )  # fmt: skip
+    until = time.monotonic() + patience
+    found_of = []
+    for process in processes:
+        try:
+            out, said = process.communicate(timeout=max(1.0, until - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            out, said = process.communicate()
+            said += "\nSTILL WAITING"
+        found_of.append(subprocess.CompletedProcess([], process.returncode, out, said))
+    return found_of
+
+
+@pytest.mark.parametrize(
+    ("wrap", "where", "rank"),
+    [("ddp", "step", 1), ("ddp", "backward", 1), ("fsdp", "hang", 1), ("fsdp", "step", 0)],  # 0 keeps the store
+)
+def test_the_others_say_which_process_has_gone(wrap: str, where: str, rank: int, tmp_path: Path) -> None:
+    run = Run(str(tmp_path / "run"), 2, wrap=wrap, steps=4, stop=3, stop_rank=rank, stop_where=where, patience=20)
+    here = alone_together([[run], [run]], tmp_path)[1 - rank]
+    assert here.returncode == 1, here.stderr
+    assert f"ProcessError: step 3: process {rank} of 2 has gone, or does something else" in here.stderr
+    assert "start the run again from its last checkpoint" in here.stderr
+
+
+def test_processes_that_differ_are_told(tmp_path: Path) -> None:
+    run = Run(str(tmp_path / "run"), 2, steps=2, patience=20)
+    for one in alone_together([[run], [replace(run, audit_every=3)]], tmp_path):
+        assert one.returncode == 1
+        assert "process 1 was given another model, other targets or settings than process 0" in one.stderr
+
+
+def test_a_gradient_that_is_not_finite_on_one_is_all_processes_business(tmp_path: Path) -> None:
+    run = Run(
+        str(tmp_path / "run"),
+        2,
+        wrap="fsdp",
+        steps=3,
+        poison=2,
+        patience=20,
+        optimizer="sgd",
+        settings={"nonfinite": "skip"},
+    )
+    for one in alone_together([[run], [run]], tmp_path):
+        assert one.returncode == 0, one.stderr
+    assert Ledger(tmp_path / "run").steps("t1")["skipped"].to_list() == [False, True, False]
