@@ -46,7 +46,7 @@ def main() -> None:
     wrong = torch.arange(64, 512) % 8 == 0  # every eighth label is made wrong
     labels = torch.where(wrong, (y[64:] + 1) % 3, y[64:])
     ids = [f"{'wrong' if w else 'right'}-{k}" for k, w in enumerate(wrong)]
-    data = [{"x": x[64 + k], "y": labels[k], "id": ids[k]} for k in range(len(ids))]
+    data: Any = [{"x": x[64 + k], "y": labels[k], "id": ids[k]} for k in range(len(ids))]
 
     callback = InrunCallback({"held out": {"x": x[:64], "y": y[:64]}}, loss, ledger=options.out / "values")
     trainer = Trainer(max_steps=options.steps, callbacks=[callback], default_root_dir=options.out, accelerator="cpu")
