@@ -46,9 +46,10 @@ class InrunCallback(Callback):
 
     `attributor` is there from the beginning of training on, and closed at its end. Its state is in every checkpoint.
     At every `log_every_n_steps` the loggers get, of each target, `inrun/TARGET/value` (the sum of the steps' values
-    since they were last logged, in nats of the target's loss; positive helps) and `inrun/TARGET/loss` (of the newest
-    step), the largest `inrun/conservation`, and of the newest audited step `inrun/TARGET/unexplained`, `/momentum` and
-    `/decay`. Under momentum="credit" these are of the newest step whose values are final.
+    since they were last logged, in nats of the target's loss; positive helps) and `inrun/TARGET/loss` (where its
+    gradient was last taken), the largest `inrun/conservation`, and of audited steps the sums of
+    `inrun/TARGET/unexplained`, `/momentum` and `/decay`. Under momentum="credit" a step's are logged when they are
+    final; those that the end of training makes final are in the ledger alone.
 
     With manual optimization, `with callback.batch(ids):` goes around forward and `self.manual_backward`; the
     optimizers' step() comes after the block.
@@ -325,4 +326,6 @@ class InrunCallback(Callback):
                 logged[f"{name}/loss"] = row["loss"]
             if row.get("conservation") is not None:
                 logged["inrun/conservation"] = max(logged.get("inrun/conservation", 0.0), row["conservation"])
-            logged.update({f"{name}/{column}": row[column] for column in _AUDITED if row.get(column) is not None})
+            for column in _AUDITED:
+                if row.get(column) is not None:
+                    logged[f"{name}/{column}"] = logged.get(f"{name}/{column}", 0.0) + row[column]
