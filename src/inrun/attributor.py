@@ -96,8 +96,8 @@ class Attributor:
 
     The model, the optimizer and the random state are left as they are: with kernel="tangent" training is bit for bit
     what it is without, and with the others but for the order in which the weights' gradients are added up.
-    `last` is the newest step whose values are final, `train_loss` that of the step just taken, `total` the sum of all
-    values so far, in nats, over all targets.
+    `last` is the newest step whose values are final, `rows` its rows of the ledger's steps table: target -> column ->
+    value; `train_loss` is that of the step just taken, `total` the sum of all values so far, in nats, over all targets.
 
     Raises:
         InrunError: an unsupported optimizer, parameters that are not the model's, a frozen model, a target without
@@ -156,6 +156,7 @@ class Attributor:
         self.optimizers = (optimizer,) if isinstance(optimizer, Optimizer) else tuple(optimizer)
         self.step = 0
         self.last: Step | None = None
+        self.rows: dict[str, dict[str, Any]] = {}
         self.train_loss: float | None = None
         self.total = 0.0
         self._refresh = refresh
@@ -671,6 +672,7 @@ class Attributor:
         problems = []
         for valued in final:
             self.last = done = valued.step
+            self.rows = valued.rows
             if self._ledger is not None:
                 values = {name: v.numpy() for name, v in done.values.items()}
                 try:

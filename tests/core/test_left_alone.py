@@ -240,6 +240,32 @@ class Noisy(Layers):
         return x.tanh()
 
 
+@pytest.mark.filterwarnings("ignore::inrun.MixedExamplesWarning")
+@pytest.mark.parametrize("norm", [lambda: nn.BatchNorm1d(6), lambda: nn.InstanceNorm1d(6, track_running_stats=True)])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_running_statistics_are_those_of_training_alone(norm: Callable[[], nn.Module], frozen: bool) -> None:
+    """torch writes them past the tensors' versions."""
+    found = []
+    for attached in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv1d(3, 6, 2), norm().requires_grad_(not frozen), nn.Flatten(), nn.Linear(12, 3))
+        optimizer = SGD(model.parameters(), lr=0.1)
+        x, y = torch.randn(4, 3, 3), torch.randint(3, (4,))
+        settings: Any = {"scheme": "path", "kernel": "tangent"}
+        targets = {"t": (x[:2], y[:2])}
+        attributor = Attributor(model, optimizer, targets, lambda m, b: F.cross_entropy(m(b[0]), b[1]), **settings)
+        if not attached:
+            attributor.close()
+        for _ in range(3):
+            optimizer.zero_grad()
+            with attributor.batch(range(4)) if attached else nullcontext():
+                F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+        found.append(model.state_dict())
+    for name, was in found[0].items():
+        assert torch.equal(was, found[1][name]), name
+
+
 def is_told(model: nn.Module, batches: Sequence[Any], modes: Callable[[int], object] = lambda step: None) -> bool:
     optimizer = SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     attributor = Attributor(model, optimizer, {"t": vectors(3, 9)}, lambda m, b: class_losses(m, b).mean())

@@ -16,19 +16,34 @@ ROOT = Path(__file__).parents[2]
 FINETUNE = str(ROOT / "examples" / "finetune_lora.py")
 
 
+def run(name: str, *arguments: str) -> str:
+    done = subprocess.run(
+        [sys.executable, f"examples/{name}.py", *arguments],
+        cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 @pytest.mark.parametrize(
     ("name", "ledger", "targets"), [("raw_loop", ".", ["code", "prose"]), ("trainer", "values", ["first two files"])]
 )
 def test_example(name: str, ledger: str, targets: list[str], tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, f"examples/{name}.py", "--out", str(tmp_path / "run"), "--steps", "6"],
-        cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "shape:" in done.stdout
+    assert "shape:" in run(name, "--out", str(tmp_path / "run"), "--steps", "6")
     found = Ledger(tmp_path / "run" / ledger)
     assert sorted(found.targets) == targets
     assert found.steps(targets[0]).height == 6
+
+
+def test_the_raw_loop_goes_on_from_its_checkpoint_with_the_same_ledger(tmp_path: Path) -> None:
+    run("raw_loop", "--out", str(tmp_path / "whole"), "--steps", "12")
+    run("raw_loop", "--out", str(tmp_path / "parts"), "--steps", "8")  # whose newest checkpoint is of step 5
+    run("raw_loop", "--out", str(tmp_path / "parts"), "--steps", "12", "--resume")
+    whole, parts = Ledger(tmp_path / "whole"), Ledger(tmp_path / "parts")
+    for target in ("code", "prose"):
+        assert whole.steps(target).equals(parts.steps(target))
+        assert whole.steps(target).height == 12
+        assert whole.values(target).equals(parts.values(target))
 
 
 @pytest.mark.skipif(
