@@ -38,7 +38,7 @@ def main() -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     data, target = data_and_target()
     model, optimizer, loader = accelerator.prepare(model, optimizer, DataLoader(data, batch_size=16, shuffle=True))
-    attributor = inrun.Attributor(model, optimizer.optimizer, {"held out": target}, loss, ledger=options.out)
+    attributor = inrun.Attributor(model, optimizer, {"held out": target}, loss, ledger=options.out)
     while attributor.step < options.steps:
         for batch in loader:
             with accelerator.accumulate(model):

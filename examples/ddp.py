@@ -1,4 +1,4 @@
-"""A small Llama on letters of English and of Python, with DistributedDataParallel: every process values its own examples.
+"""A small Llama on English and Python text, with DistributedDataParallel: every process values its own examples.
 
     torchrun --nproc-per-node 2 examples/ddp.py [--out RUN] [--steps N]
 

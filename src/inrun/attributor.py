@@ -94,6 +94,9 @@ class Attributor:
             or by the name of the part. A parameter belongs to the first that it matches, and to "other" if it matches
             none.
 
+        within: on several processes, the DistributedDataParallel that holds the model, where it was wrapped around more
+            than the model.
+
     The model, the optimizer and the random state are left as they are: with kernel="tangent" training is bit for bit
     what it is without, and with the others but for the order in which the weights' gradients are added up.
     `last` is the newest step whose values are final, `rows` its rows of the ledger's steps table: target -> column ->
@@ -129,6 +132,7 @@ class Attributor:
         batch_dim: int = 0,
         token_values: bool = False,
         by_module: bool | Sequence[str] | Mapping[str, str] = False,
+        within: nn.Module | None = None,
     ) -> None:
         for name, chosen, known in (
             ("momentum", momentum, ("account", "credit")),
@@ -151,9 +155,9 @@ class Attributor:
             raise InrunError(f"memory={memory!r}: give a number of bytes, or 'auto'.")
         if not targets:
             raise InrunError("no targets: give at least one named validation batch.")
-        self._processes = processes = Processes(model)
+        self._processes = processes = Processes(model, within=within)
         self.model = model = processes.model
-        self.optimizers = (optimizer,) if isinstance(optimizer, Optimizer) else tuple(optimizer)
+        self.optimizers = tuple(map(_inner, (optimizer,) if isinstance(optimizer, Optimizer) else optimizer))
         self.step = 0
         self.last: Step | None = None
         self.rows: dict[str, dict[str, Any]] = {}
@@ -684,6 +688,12 @@ class Attributor:
                     problems.append(problem)
         if problems:
             raise problems[0]
+
+
+def _inner(optimizer: Optimizer) -> Optimizer:
+    """The optimizer itself, of what accelerate's prepare returns."""
+    inner = vars(optimizer).get("optimizer")
+    return _inner(inner) if isinstance(inner, Optimizer) else optimizer
 
 
 def _state(optimizer: Optimizer, p: nn.Parameter) -> Mapping[str, Any]:

@@ -55,6 +55,7 @@ class Processes:
     Args:
         given: the model as the user has it: itself, or in DistributedDataParallel, or sharded by `fully_shard`, and any
             of it compiled by torch.compile.
+        within: the DistributedDataParallel that holds the model, where it is around more than it.
         alone: this process has the model to itself, whatever others there are.
 
     `model` is what is inside of it, `called` what the targets' losses call: as it was compiled, but outside of
@@ -65,8 +66,12 @@ class Processes:
         InrunError: a way to train on several processes that values cannot follow.
     """
 
-    def __init__(self, given: nn.Module, *, alone: bool = False) -> None:
+    def __init__(self, given: nn.Module, *, within: nn.Module | None = None, alone: bool = False) -> None:
         self.model, self.called, replicas = _unwrapped(given)
+        if within is not None:
+            around, _, replicas = _unwrapped(within)
+            if replicas is None or self.model not in around.modules():
+                raise InrunError("within= is no DistributedDataParallel that holds the model.")
         several = not alone and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
         self.rank, self.size = (dist.get_rank(), dist.get_world_size()) if several else (0, 1)
         self.sharded = any(map(is_sharded, self.model.modules()))
@@ -87,8 +92,8 @@ class Processes:
         elif several and not self.sharded:
             raise InrunError(
                 f"there are {self.size} processes, but the model is neither in DistributedDataParallel nor sharded by "
-                "fully_shard, so it is not known how they share the work: give the Attributor the wrapped model. (A "
-                "stage of a pipeline, or gradients that are averaged by hand, cannot be valued.)"
+                "fully_shard, so it is not known how they share the work: give the Attributor the wrapped model, "
+                "within= the wrapped module that holds it. (A stage of a pipeline, or gradients that are averaged by hand, cannot be valued.)"
             )
 
     def _check_pieces(self) -> None:

@@ -79,6 +79,8 @@ def trained_parameters(model: nn.Module, optimizers: Sequence[Optimizer]) -> dic
         for p in group["params"]:
             if p in trained:
                 raise InrunError(f"{names[p]} is held by two optimizers: give each parameter to one of them.")
+            if p not in names and not p.requires_grad:  # of a frozen part beside it
+                continue
             if p not in names:
                 raise InrunError(
                     f"the optimizer's group {k} holds a parameter of shape {tuple(p.shape)} that is not the model's. "

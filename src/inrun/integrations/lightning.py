@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
@@ -55,8 +56,7 @@ class InrunCallback(Callback):
     optimizers' step() comes after the block.
 
     Raises:
-        InrunError, when training begins: more than one process, and what `inrun.Attributor`
-        refuses; at the first batch: batches without ids, or a training_step that does not call the model.
+        InrunError, when training begins: what `inrun.Attributor` refuses; at the first batch: batches without ids, or a training_step that does not call the model.
     """
 
     def __init__(
@@ -82,9 +82,14 @@ class InrunCallback(Callback):
         self._seen = 0  # the newest step in it
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.world_size > 1:
-            raise InrunError("runs on several processes or devices are not supported yet: give the Trainer devices=1.")
-        model = self._model_in(pl_module, trainer.optimizers)
+        model, wrapped = self._model_in(pl_module, trainer.optimizers), trainer.strategy.model
+        within = wrapped if isinstance(wrapped, DistributedDataParallel) else None
+        if within is not None and model is pl_module:
+            raise InrunError(
+                "on several processes the examples must go through a module in the LightningModule, which "
+                "DistributedDataParallel calls for itself: have training_step call one that holds all trained "
+                "parameters, self.model(...), or name it with model=."
+            )
         targets = {name: self._batches_of(given, trainer, pl_module) for name, given in self._targets.items()}
         resume = trainer.global_step > 0
         settings = {"resume": resume, **self._settings}
@@ -92,7 +97,7 @@ class InrunCallback(Callback):
             settings["ledger"] = None
         before = self.attributor
         self.attributor = attributor = Attributor(
-            model, trainer.optimizers, targets, self._loss_of(pl_module), **settings
+            model, trainer.optimizers, targets, self._loss_of(pl_module), within=within, **settings
         )
         if resume:
             step = trainer.global_step if before is None else before.step
@@ -141,10 +146,16 @@ class InrunCallback(Callback):
             self._logged = {}
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._close()
+        if self.attributor is not None and self._running:
+            self._leave()
+            self._state, self._running = self.state_dict(), False  # which waits for what all processes write
+            self.attributor.close()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._close()
+        if self.attributor is not None and self._running:
+            self._leave()
+            self._running = False  # it may be this process's alone: the others are not waited for
+            self.attributor.close()
 
     def state_dict(self) -> dict[str, Any]:
         """The attributor's state for Lightning's checkpoint; the ledger is flushed first. Batches that wait for their
@@ -162,15 +173,12 @@ class InrunCallback(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._state = state_dict
 
-    def _close(self) -> None:
-        """Leave the module and its optimizers as they were, and write what is booked."""
-        if self.attributor is None or not self._running:
-            return
+    def _leave(self) -> None:
+        """Leave the module and its optimizers as they were."""
         self._abandon()
         self._undo.close()
-        self.attributor.discard()  # Lightning drops what it has accumulated
-        self._state, self._running = self.state_dict(), False
-        self.attributor.close()
+        if self.attributor is not None:
+            self.attributor.discard()  # Lightning drops what it has accumulated
 
     def _abandon(self) -> None:
         """Leave a batch that had no backward pass: training_step returned None, or raised."""
