@@ -34,7 +34,7 @@ def questions(begin: int, end: int) -> Dataset:
     return Dataset.from_dict({"prompt": list(prompts), "completion": list(completions), "id": IDS[begin:end]})
 
 
-def sft_trainer(folder: Path, data: Any, *, tied: bool = False, lora: bool = False, **arguments: Any) -> SFTTrainer:
+def sft_trainer(folder: Path, data: Any, *, tied: bool = False, lora: bool = False, **arguments: Any) -> Any:
     settings: dict[str, Any] = {
         "output_dir": str(folder), "max_steps": 3, "per_device_train_batch_size": 4, "per_device_eval_batch_size": 8,
         "learning_rate": 1e-2, "warmup_steps": 0, "lr_scheduler_type": "constant", "logging_steps": 1, "bf16": False,

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset, disable_progress_bars
-from trl import SFTTrainer
 
 from inrun import Attributor, InrunError, Ledger
 from inrun.integrations.transformers import attach, last_checkpoint, model_loss
@@ -33,6 +32,7 @@ CASES: dict[str, dict[str, Any]] = {
     "packed-lora": {"packing": True, "max_length": 24, "lora": True},
     "packed-multiple": {"packing": True, "max_length": 24, "pad_to_multiple_of": 16},
     "split": {"packing": True, "max_length": 8, "packing_strategy": "bfd_split"},
+    "packed-bfloat16": {"packing": True, "max_length": 24, "bf16": True, "gradient_checkpointing": True},
     "wrapped": {"packing": True, "max_length": 10, "packing_strategy": "wrapped", "tied": True},
 }
 
@@ -50,18 +50,20 @@ def packed_data(settings: dict[str, Any], data: Dataset) -> dict[str, Any]:
     return {"train_dataset": data} if settings.get("packing") else {}
 
 
-def same_weights(a: SFTTrainer, b: SFTTrainer) -> bool:
+def same_weights(a: Any, b: Any) -> bool:
     pairs = zip(a.model.named_parameters(), b.model.named_parameters(), strict=True)
     return all(x == y and torch.equal(p, q) for (x, p), (y, q) in pairs)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [name for name in CASES if name not in ("padding-free-lora", "packed-multiple")])
 def test_training_is_bit_identical_and_documents_are_valued(name: str, tmp_path: Path) -> None:
     data, settings = data_of(name), CASES[name]
     plain = sft_trainer(tmp_path / "plain", data, **settings)
     plain.train()
     trainer = sft_trainer(tmp_path / "attached", data, **settings)
-    attach(trainer, {"t": data.select(range(5))}, ledger=tmp_path / "run", kernel="tangent", **packed_data(settings, data))
+    attach(
+        trainer, {"t": data.select(range(5))}, ledger=tmp_path / "run", kernel="tangent", **packed_data(settings, data)
+    )
     trainer.train()
     logged = ("loss", "grad_norm", "entropy", "mean_token_accuracy", "num_tokens", "train_loss")
     found = [{k: entry[k] for k in logged if k in entry} for entry in trainer.state.log_history]
@@ -77,8 +79,11 @@ def test_training_is_bit_identical_and_documents_are_valued(name: str, tmp_path:
     assert values["value"].sum() == pytest.approx(ledger.steps("t")["value"].sum(), rel=1e-9)
 
 
-@pytest.mark.parametrize("kernel", ["auto", "tangent"])
-@pytest.mark.parametrize("name", [name for name in CASES if name not in ("split", "wrapped")])
+@pytest.mark.parametrize(
+    ("name", "kernel"),
+    [(name, "auto") for name in CASES if name not in ("split", "wrapped", "packed-bfloat16")]
+    + [("tied", "tangent"), ("tied", "perexample")],
+)
 def test_values_are_those_of_the_documents_run_one_by_one(name: str, kernel: Any, tmp_path: Path) -> None:
     data, settings = data_of(name), {**CASES[name], "optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0.0}
     one = sft_trainer(tmp_path, data, **{**settings, "packing": False, "max_length": None})
@@ -118,7 +123,10 @@ def test_documents_that_see_one_another_are_valued_as_by_a_plain_loop(tmp_path: 
     (batch,) = seen
     of = {tuple(row["input_ids"]): row["id"] for row in packed}
     lengths = batch["attention_mask"].sum(dim=1).tolist()
-    ids = [of[tuple(row[:n].tolist())] + [None] * (len(row) - n) for row, n in zip(batch["input_ids"], lengths)]
+    ids = [
+        of[tuple(row[:n].tolist())] + [None] * (len(row) - n)
+        for row, n in zip(batch["input_ids"], lengths, strict=True)
+    ]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     model.train()
     with Attributor(model, optimizer, {"t": target}, model_loss) as attributor:
@@ -139,7 +147,9 @@ def test_a_stream_is_packed_too(tmp_path: Path) -> None:
     plain = sft_trainer(tmp_path, data, **settings)
     plain.train()
     trainer = sft_trainer(tmp_path, data, **settings)
-    attach(trainer, {"t": texts(0, 5).to_iterable_dataset()}, ledger=tmp_path / "run", kernel="tangent", train_dataset=data)
+    attach(
+        trainer, {"t": texts(0, 5).to_iterable_dataset()}, ledger=tmp_path / "run", kernel="tangent", train_dataset=data
+    )
     trainer.train()
     assert losses(trainer) == losses(plain)
     assert same_weights(trainer, plain)
@@ -168,7 +178,7 @@ def test_targets_are_prepared_as_the_trainers_own_data(
 
     monkeypatch.setattr(tokenizer(), "chat_template", TEMPLATE, raising=False)
     of = {"text": texts, "question": questions, "chat": chats, "tokens": texts}[kind]
-    settings = {"max_steps": 1, "assistant_only_loss": kind == "chat"}
+    settings: dict[str, Any] = {"max_steps": 1, "assistant_only_loss": kind == "chat"}
     trainer = sft_trainer(tmp_path, of(0, 20), **settings)
     before = trainer.evaluate(of(20, 26))["eval_loss"]
     target = trainer.train_dataset.select(range(3)) if kind == "tokens" else of(20, 26)
@@ -184,7 +194,7 @@ def test_targets_are_prepared_as_the_trainers_own_data(
 def test_a_resumed_run_has_the_same_ledger(tmp_path: Path) -> None:
     data = texts(0, 40)
 
-    def run(folder: str, ledger: str, checkpoint: Path | None = None, **arguments: Any) -> SFTTrainer:
+    def run(folder: str, ledger: str, checkpoint: Path | None = None, **arguments: Any) -> Any:
         trainer = sft_trainer(
             tmp_path / folder, data, packing=True, max_length=24, max_steps=4, save_strategy="steps", save_steps=2,
             **arguments,
@@ -216,7 +226,7 @@ def test_token_values_with_the_fused_head(tmp_path: Path) -> None:
     torch.testing.assert_close(tokens.sum(dim=1), step.values["t"], rtol=1e-9, atol=1e-12)
 
 
-def refusal(trainer: SFTTrainer, message: str, **arguments: Any) -> None:
+def refusal(trainer: Any, message: str, **arguments: Any) -> None:
     with pytest.raises(InrunError, match=message):
         attach(trainer, {"t": texts(0, 2)}, **arguments)
     assert "training_step" not in vars(trainer)

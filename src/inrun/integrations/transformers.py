@@ -12,6 +12,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -67,6 +68,8 @@ def attach(
     `inrun/TARGET/value`, the sum of the values since the last log, `inrun/TARGET/loss`, the target's loss where its
     gradient was last taken, both in nats, `inrun/conservation`, the largest relative error of the books' first check;
     and for audited steps the sums since the last log of `inrun/TARGET/unexplained`, `momentum` and `decay`, in nats.
+    Under momentum="credit" a step's are logged when they are final; those that training's end makes final are in the
+    ledger alone.
 
     Args:
         trainer: any Trainer on one process whose training examples have an id in `id_column` (ints or strings).
@@ -253,6 +256,9 @@ class InrunCallback(TrainerCallback):
         ):
             # padding is nobody's, so that an example has as many token values as tokens
             ids = [[i if real else None for real in row] for i, row in zip(as_ids(ids), mask.tolist(), strict=True)]
+        for name in ("max_length_q", "max_length_k"):
+            if isinstance(inputs.get(name), int):  # a number of each batch's own, which would be a call of another kind
+                inputs[name] = torch.tensor(inputs[name])
         if self._shifts and "labels" in inputs:
             inputs["shift_labels"] = shifted(inputs["labels"])
         with self.attributor.batch(ids) as microbatch:
