@@ -16,6 +16,7 @@ from types import MethodType, SimpleNamespace
 from typing import Any
 
 import torch
+from accelerate.utils import convert_outputs_to_fp32, get_mixed_precision_context_manager
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn import functional as F
@@ -129,7 +130,8 @@ def head_called(trainer: Any) -> Iterator[bool]:
     """
     model = trainer.model
     forward = vars(model).get("forward")
-    fused: Any = getattr(forward, "__func__", None)
+    unwrapped = vars(model).get("_original_forward", forward)  # accelerate's, under mixed precision
+    fused: Any = getattr(unwrapped, "__func__", None)
     settings = dict(inspect.getclosurevars(fused).nonlocals) if inspect.isfunction(fused) else {}
     head = model.get_output_embeddings() if is_sft(trainer) and "original_forward" in settings else None
     weight = None if head is None else head._parameters.get("weight")
@@ -140,7 +142,12 @@ def head_called(trainer: Any) -> Iterator[bool]:
         return
     kind = type(head)
     head.__class__ = _head_of(kind, _Fused(fused, settings))
-    model.forward = MethodType(_calling(forward), model)
+    calling = _calling(unwrapped)
+    if unwrapped is not forward:
+        accelerator = trainer.accelerator
+        mixed = get_mixed_precision_context_manager(accelerator.native_amp, accelerator.autocast_handler)
+        calling = convert_outputs_to_fp32(mixed(calling))
+    model.forward = MethodType(calling, model)
     try:
         yield True
     finally:
