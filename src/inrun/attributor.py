@@ -99,8 +99,9 @@ class Attributor:
 
     The model, the optimizer and the random state are left as they are: with kernel="tangent" training is bit for bit
     what it is without, and with the others but for the order in which the weights' gradients are added up.
-    `last` is the newest step whose values are final, `rows` its rows of the ledger's steps table: target -> column ->
-    value; `train_loss` is that of the step just taken, `total` the sum of all values so far, in nats, over all targets.
+    `last` is the newest step whose values are final, `train_loss` that of the step just taken, `total` the sum of all
+    values so far, in nats, over all targets. `rows` are the books of the steps that the newest one made final, of each
+    by target what its row of the ledger's steps table says.
 
     Raises:
         InrunError: an unsupported optimizer, parameters that are not the model's, a frozen model, a target without
@@ -160,9 +161,9 @@ class Attributor:
         self.optimizers = tuple(map(_inner, (optimizer,) if isinstance(optimizer, Optimizer) else optimizer))
         self.step = 0
         self.last: Step | None = None
-        self.rows: dict[str, dict[str, Any]] = {}
         self.train_loss: float | None = None
         self.total = 0.0
+        self.rows: list[dict[str, dict[str, Any]]] = []
         self._refresh = refresh
         self._nodes = 0 if scheme != "path" else nodes if isinstance(nodes, int) else 1
         self._nonfinite, self._audit_every, self._permutations = nonfinite, audit_every, audit_permutations
@@ -674,9 +675,9 @@ class Attributor:
     def _book(self, final: Sequence[Valued]) -> None:
         """Steps whose values will not change any more, into `last` and the ledger."""
         problems = []
+        self.rows = [valued.rows for valued in final]
         for valued in final:
             self.last = done = valued.step
-            self.rows = valued.rows
             if self._ledger is not None:
                 values = {name: v.numpy() for name, v in done.values.items()}
                 try:

@@ -31,7 +31,7 @@ class Texts(Dataset[dict[str, Any]]):
         return self.rows[k]
 
 
-def trainer_of(folder: Path, data: Dataset[dict[str, Any]], **arguments: Any) -> Trainer:
+def trainer_of(folder: Path, data: Any, kind: type[Trainer] = Trainer, **arguments: Any) -> Trainer:
     torch.manual_seed(0)
     settings: dict[str, Any] = {
         "output_dir": str(folder), "max_steps": 6, "per_device_train_batch_size": 4, "per_device_eval_batch_size": 3,
@@ -39,7 +39,7 @@ def trainer_of(folder: Path, data: Dataset[dict[str, Any]], **arguments: Any) ->
         "logging_steps": 1,
         "save_strategy": "no", "disable_tqdm": True, "report_to": [], "dataloader_pin_memory": False, "seed": 3,
     }  # fmt: skip
-    return Trainer(
+    return kind(
         model=hugging_face_gpt2(dropout=0.1),
         args=TrainingArguments(**(settings | arguments)),
         train_dataset=data,

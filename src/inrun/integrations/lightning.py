@@ -56,7 +56,8 @@ class InrunCallback(Callback):
     optimizers' step() comes after the block.
 
     Raises:
-        InrunError, when training begins: what `inrun.Attributor` refuses; at the first batch: batches without ids, or a training_step that does not call the model.
+        InrunError, when training begins: what `inrun.Attributor` refuses; at the first batch: batches without ids, or a
+        training_step that does not call the model.
     """
 
     def __init__(

@@ -203,10 +203,15 @@ def _precisions(batches: Sequence[Captured], group_of: Mapping[nn.Parameter, int
         for p, dtype in batch.formed.coarse.items():
             see(p, dtype)
         for call in batch.calls:
-            for gradient in call.gradients:
-                if gradient is not None:
-                    see(next(iter(call.unit.parameters.values())), gradient.dtype)
+            made = [gradient.dtype for gradient in call.gradients if gradient is not None]
+            for dtype in (*made, *_inside(call)):
+                see(next(iter(call.unit.parameters.values())), dtype)
     return found
+
+
+def _inside(call: Call) -> list[torch.dtype]:
+    """What autocast may have a unit compute in that puts out another dtype; a closed form puts out what it computes."""
+    return [] if call.autocast is None or call.unit.closed_form else [call.autocast]
 
 
 def _times(factor: Tensor | float | None, scale: Tensor | None) -> Tensor | float | None:
@@ -327,7 +332,8 @@ def _contract_tangent(
         if gradient is not None and rows is not None:
             # a tangent without the example dimension is the same for all examples: it broadcasts as the output did
             gradient = gradient.to(call.device)
-            eps = max((torch.finfo(x.dtype).eps for x in (gradient, towards) if x.element_size() < 4), default=0.0)
+            made = (gradient.dtype, towards.dtype, *_inside(call))
+            eps = max((torch.finfo(dtype).eps for dtype in made if dtype.itemsize < 4), default=0.0)
             towards, gradient = towards.to(wide(towards.dtype)), gradient.to(wide(gradient.dtype))
             magnitude = magnitude + norm * towards.expand_as(gradient).norm()
             if anew and towards.shape == gradient.shape and towards.dtype == gradient.dtype:
