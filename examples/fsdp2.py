@@ -11,8 +11,9 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.fsdp import fully_shard
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -50,11 +51,11 @@ def main() -> None:
     targets, place = {"prose": prose[:8], "code": code[:8]}, options.out / "checkpoint"
     with inrun.Attributor(model, optimizer, targets, loss, ledger=options.out, resume=options.resume) as attributor:
         weights, moments = get_state_dict(model, optimizer)
-        state = {"model": weights, "optimizer": moments, "attributor": attributor.state_dict()}
+        values = attributor.state_dict()
         if options.resume:
-            dcp.load(state, checkpoint_id=place)
+            load({"model": weights, "optimizer": moments, "attributor": values}, checkpoint_id=place)
             set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
-            attributor.load_state_dict(state["attributor"])
+            attributor.load_state_dict(values)
         for step in range(attributor.step, options.steps if options.resume else options.steps // 2):
             chosen = torch.randint(len(train), (8,), generator=torch.Generator().manual_seed(step))
             mine = chosen.tensor_split(dist.get_world_size())[dist.get_rank()]
@@ -64,7 +65,7 @@ def main() -> None:
             optimizer.step()
             optimizer.zero_grad()
         weights, moments = get_state_dict(model, optimizer)
-        dcp.save({"model": weights, "optimizer": moments, "attributor": attributor.state_dict()}, checkpoint_id=place)
+        save({"model": weights, "optimizer": moments, "attributor": attributor.state_dict()}, checkpoint_id=place)
     dist.barrier()  # all have written
     if dist.get_rank() == 0:
         print(inrun.Ledger(options.out).values("code").head(5))

@@ -93,8 +93,8 @@ class Processes:
             raise InrunError(
                 f"there are {self.size} processes, but the model is neither in DistributedDataParallel nor sharded by "
                 "fully_shard, so it is not known how they share the work: give the Attributor the wrapped model, "
-                "or within= the wrapped module that holds it. (A stage of a pipeline, or gradients that are averaged by "
-                "hand, cannot be valued.)"
+                "or within= the wrapped module that holds it. (A stage of a pipeline cannot be valued, nor gradients "
+                "that are averaged by hand.)"
             )
 
     def _check_pieces(self) -> None:

@@ -10,10 +10,10 @@ _SUMS = ("value", "unexplained", "momentum", "decay")  # nats
 class Books:
     """Adds up the rows of the steps whose values are final, until they are taken."""
 
-    def __init__(self) -> None:
+    def __init__(self, seen: int = 0) -> None:
         self._found: dict[str, float] = {}
         self._sums: dict[str, float] = defaultdict(float)
-        self._seen = 0
+        self._seen = seen
 
     def add(self, attributor: Attributor) -> None:
         """The books of the step just taken, and of those that became final with it; of one seen before, nothing."""

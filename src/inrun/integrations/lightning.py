@@ -21,10 +21,9 @@ from torch.utils.data import DataLoader
 
 from inrun.attributor import Attributor
 from inrun.errors import InrunError
+from inrun.integrations.books import Books
 from inrun.state import preserved_random_state
 from inrun.step import Microbatch
-
-_AUDITED = ("unexplained", "momentum", "decay")
 
 
 class InrunCallback(Callback):
@@ -79,8 +78,7 @@ class InrunCallback(Callback):
         self._block: AbstractContextManager[Microbatch] | None = None
         self._called = False  # the model, by training_step
         self._due = False  # a step that was not taken yet
-        self._logged: dict[str, float] = {}  # what the loggers get next
-        self._seen = 0  # the newest step in it
+        self._books = Books()  # what the loggers get next
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         model, wrapped = self._model_in(pl_module, trainer.optimizers), trainer.strategy.model
@@ -104,7 +102,7 @@ class InrunCallback(Callback):
             step = trainer.global_step if before is None else before.step
             attributor.load_state_dict(self._state or {"step": step})
         self._running, self._called, self._due = True, False, False
-        self._logged, self._seen = {}, attributor.step
+        self._books = Books(attributor.step)
         self._undo.callback(model.register_forward_pre_hook(self._first_call).remove)
         for optimizer in trainer.optimizers:
             self._replace(optimizer, "step", self._closure_first(optimizer))
@@ -139,12 +137,11 @@ class InrunCallback(Callback):
         if self._due:  # a gradient scaler left the step out: these batches moved nothing
             attributor.discard()
             self._due = False
-        self._gather(attributor)
+        self._books.add(attributor)
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if self._logged and every and (trainer.global_step % every == 0 or trainer.should_stop):
+        if every and (trainer.global_step % every == 0 or trainer.should_stop) and (taken := self._books.taken()):
             for logger in trainer.loggers:
-                logger.log_metrics(self._logged, step=trainer.global_step - 1)  # Lightning counts from 0
-            self._logged = {}
+                logger.log_metrics(taken, step=trainer.global_step - 1)  # Lightning counts from 0
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.attributor is not None and self._running:
@@ -320,21 +317,3 @@ class InrunCallback(Callback):
         if isinstance(batch, Mapping) and self._id_key in batch:
             batch = {key: value for key, value in batch.items() if key != self._id_key}
         return module.transfer_batch_to_device(trainer.precision_plugin.convert_input(batch), module.device, 0)
-
-    def _gather(self, attributor: Attributor) -> None:
-        """Add the newest final step to what the loggers get next."""
-        last, logged = attributor.last, self._logged
-        if last is None or last.step <= self._seen:
-            return
-        self._seen = last.step
-        for target, row in attributor.rows.items():
-            name = f"inrun/{target}"
-            if row.get("value") is not None:
-                logged[f"{name}/value"] = logged.get(f"{name}/value", 0.0) + row["value"]
-            if row.get("loss") is not None:
-                logged[f"{name}/loss"] = row["loss"]
-            if row.get("conservation") is not None:
-                logged["inrun/conservation"] = max(logged.get("inrun/conservation", 0.0), row["conservation"])
-            for column in _AUDITED:
-                if row.get(column) is not None:
-                    logged[f"{name}/{column}"] = logged.get(f"{name}/{column}", 0.0) + row[column]
