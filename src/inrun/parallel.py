@@ -149,8 +149,19 @@ class Processes:
 
     @property
     def share(self) -> float:
-        """What a gradient that is made here counts in the one that optimizers receive, their mean."""
-        return 1.0 / self.size
+        """What a gradient that is made here counts in the one that optimizers receive: their mean, unless fully_shard's
+        divisor was set (set_gradient_divide_factor).
+        """
+        sharded: list[Any] = [m for m in self.model.modules() if is_sharded(m)] if self.sharded else []
+        states = [m._get_fsdp_state() for m in sharded]
+        groups = [group for state in states for group in state._fsdp_param_groups]
+        factors = {group.gradient_divide_factor or float(self.size) for group in groups} or {float(self.size)}
+        if len(factors) > 1:
+            raise InrunError(
+                f"gradients of parts of the model are divided by different numbers ({sorted(factors)}), so that they "
+                "are of no one loss: call set_gradient_divide_factor() with one number for all."
+            )
+        return 1.0 / float(factors.pop())
 
     def copies(self, p: nn.Parameter) -> float:
         """How many processes hold the same piece of a parameter."""
@@ -166,13 +177,14 @@ class Processes:
 
     def together(self, items: int) -> Iterator[tuple[int, float]]:
         """The rounds in which sharded weights do so many pieces of work: in each the piece that this process does, and
-        what it counts, so that the mean over the processes, added up over the rounds, is the mean of the pieces.
+        what it counts, so that what all of them make, added up as gradients are, is the mean of the pieces.
         """
+        share = self.share
         for first in range(0, items, self.size):
             there = min(self.size, items - first)
             place = self.rank % there
             doing = self.size // there + (place < self.size % there)
-            yield first + place, self.size / (items * doing)
+            yield first + place, 1 / (share * items * doing)
 
     def reshard(self) -> None:
         """Drop the whole weights that a forward pass left behind: they are not to be met when the pieces have moved."""

@@ -50,6 +50,7 @@ ONLY: dict[str, dict[str, tuple[dict[str, Any], float]]] = {
         "muon": ({"optimizer": "muon"}, 1e-6),
     },
     "fsdp": {
+        "summed": ({"summed": True, "targets": [1, 3], "settings": {"target_batches": 1}}, EXACT),
         "replicas": ({"replicas": True, "clip": 0.05}, EXACT),
         # bfloat16 in the forward, on one process as on several
         "mixed": ({"dtype": "float32", "mixed": True, "optimizer": "sgd", "steps": 2}, 0.02),

@@ -51,6 +51,7 @@ class Run:
     dtype: str = "float64"
     mixed: bool = False  # bfloat16 in the forward
     replicas: bool = False  # of every piece, on all processes
+    summed: bool = False  # gradients are added up, not averaged
     steps: int = 4
     batch: int = 3
     accumulation: int = 1
@@ -88,6 +89,9 @@ def wrapped(run: Run, model: nn.Module) -> nn.Module:
     for block in model.get_submodule("h").children() if run.case.startswith("gpt") else []:
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
+    for m in model.modules():
+        if run.summed and isinstance(m, FSDPModule):
+            m.set_gradient_divide_factor(1.0)
     return model
 
 
@@ -136,11 +140,11 @@ def train(run: Run) -> None:
                     if alone and isinstance(inner, FSDPModule):
                         inner.set_requires_gradient_sync(last and r == run.ranks - 1)
                     ids, batch = microbatch(run, step, k, r)
-                    share = run.accumulation * (run.ranks if alone else 1)
+                    share = run.accumulation * (run.ranks if alone or run.summed else 1)
                     with attributor.batch(ids) as block:
                         loss = case.loss(model, batch) / share
                         loss.backward()
-                        block.loss = loss.detach()
+                        block.loss = loss.detach() * (run.ranks if run.summed and not alone else 1)
         if run.clip:
             nn.utils.clip_grad_norm_(inner.parameters(), run.clip)
         if run.clip_value:
