@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -89,7 +90,7 @@ def assert_right(folder: Path) -> None:
 def assert_grouped(folder: Path, known: dict[Any, str]) -> None:
     expected = added_up(folder)
     for target in ("math", None):
-        groups: dict[tuple[str | None, str], list[tuple[float, int]]] = defaultdict(list)
+        groups: dict[tuple[str | None, Any], list[tuple[float, int]]] = defaultdict(list)
         for (identity, name), total in expected.items():
             if target in (None, name):
                 groups[known.get(identity), name].append(total)
@@ -281,7 +282,7 @@ def test_a_kill_at_any_point(tmp_path: Path, later: bool, monkeypatch: pytest.Mo
             clock = iter(range(moment, -1, -1))
             for place, name in ((os, "replace"), (os, "rename"), (os, "fsync"), (os, "mkdir"), (totals, "_write")):
                 patch.setattr(place, name, mortal(getattr(place, name), clock))
-            patch.setattr(totals.shutil, "rmtree", lambda *_, **__: None)  # who is killed clears nothing away
+            patch.setattr(shutil, "rmtree", lambda *_, **__: None)  # who is killed clears nothing away
             try:
                 Ledger(tmp_path).compact()
                 break
@@ -378,6 +379,7 @@ def test_ranked_is_sorted_by_value_then_id(values: list[list[float]]) -> None:
 
 def test_ranked_by_numbers_that_hardly_differ() -> None:
     made = np.random.default_rng(0)
-    for values in (1 + made.integers(0, 50, 5000) * 2.0**-52, np.full(5000, 0.25), made.standard_normal(5000)):
+    near: list[Any] = [1 + made.integers(0, 50, 5000) * 2.0**-52, np.full(5000, 0.25), made.standard_normal(5000)]
+    for values in near:
         order = ranked._descending(values)
         assert order.tolist() == np.argsort(-values, kind="stable").tolist()

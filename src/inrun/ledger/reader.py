@@ -193,7 +193,7 @@ class Ledger:
         """
         groups = self._groups(column)
         keys = [column, "target"] if target is None else [column]
-        if usable(self.folder) and not self._collect(groups.select((pl.col("id") > pl.col("id").shift()).all())).item():
+        if self._stored() and not self._collect(groups.select((pl.col("id") > pl.col("id").shift()).all())).item():
             groups = self._collect(groups).lazy()  # each span's would be looked for in all of the file
         partial: list[pl.DataFrame] = []
         for totals in self._totals(target):
