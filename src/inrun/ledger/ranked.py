@@ -19,7 +19,7 @@ _AT_ONCE = 8  # frames that are held twice
 _CELLS = 2**16
 _RISING = np.concatenate([np.arange(_CELLS - 1, _CELLS // 2 - 1, -1), np.arange(_CELLS // 2)])  # by their values
 
-Places = np.ndarray[Any, np.dtype[np.intp]]
+Places = np.ndarray[Any, np.dtype[np.uint32]]
 Cells = np.ndarray[Any, np.dtype[np.uint16]]
 Buckets = np.ndarray[Any, np.dtype[np.uint8]]
 
@@ -51,13 +51,13 @@ def _cells(frame: pl.DataFrame) -> Cells:
 def _dealt(frame: pl.DataFrame, bucket_of: Buckets) -> list[pl.DataFrame]:
     """The rows of every bucket, in tables of their own."""
     bucket = bucket_of[_cells(frame)]
-    order = np.argsort(bucket, kind="stable")
+    order = np.argsort(bucket, kind="stable").astype(np.uint32)  # polars' own kind of places
     ends = np.cumsum(np.bincount(bucket, minlength=_BUCKETS))
     return [frame[rows] for rows in np.split(order, ends[:-1])]
 
 
 def _joined(bucket: list[pl.DataFrame]) -> pl.DataFrame:
-    rows = pl.concat(bucket)
+    rows = pl.concat(bucket, rechunk=True)
     bucket.clear()
     return rows[_descending(rows["value"].to_numpy())]
 
@@ -65,21 +65,26 @@ def _joined(bucket: list[pl.DataFrame]) -> pl.DataFrame:
 def _descending(values: Floats) -> Places:
     """The order of the values, the largest first and equal ones as they stand.
 
-    Numbers are sorted several times as fast as orders are: so each number has its place in its last bits, and the few
-    whose difference this takes away are looked for.
+    Numbers are sorted several times as fast as orders are: so each number has its place in its last bits, and where
+    that took a difference away the order itself is sorted.
     """
     count = len(values)
     if count == 0:
-        return np.empty(0, dtype=np.intp)
+        return np.empty(0, dtype=np.uint32)
     low, high = float(values.min()), float(values.max())
     width = max(count - 1, 1).bit_length()
-    with np.errstate(over="ignore", invalid="ignore"):
-        scaled = (high - values) / (high - low) * 2.0 ** (63 - width)
-    if not np.isfinite(scaled).all():
-        return np.argsort(-values, kind="stable")
-    keys = (scaled.astype(np.uint64) << np.uint64(width)) | np.arange(count, dtype=np.uint64)
-    keys.sort()
-    order = (keys & np.uint64(2**width - 1)).astype(np.intp)
-    of = values[order]
-    falling = (of[:-1] > of[1:]) | ((of[:-1] == of[1:]) & (order[:-1] < order[1:]))
-    return order if falling.all() else np.argsort(-values, kind="stable")
+    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+        scaled = high - values
+        scaled *= np.float64(2.0 ** (63 - width)) / np.float64(high - low)
+    if np.isfinite(scaled.max()):
+        keys = scaled.astype(np.uint64)
+        keys <<= np.uint64(width)
+        keys |= np.arange(count, dtype=np.uint64)
+        keys.sort()
+        keys &= np.uint64(2**width - 1)
+        order = keys.astype(np.uint32)
+        of = values[order]
+        steps = of[:-1] > of[1:]
+        if steps.all() or (steps | ((of[:-1] == of[1:]) & (order[:-1] < order[1:]))).all():
+            return order
+    return np.argsort(-values, kind="stable").astype(np.uint32)

@@ -115,8 +115,8 @@ class Ledger:
         """Bring the totals of the examples up to date, which queries of a large ledger are answered from.
 
         A query does so by itself when more than 2 GB of parts are in no totals (and the folder can be written to), and
-        tells so on stderr. It takes about a minute for 400 million values, in 1.5 GB of memory, and as much disk again
-        as the values take, twice that while it works. Raises LedgerError where the disk refuses.
+        tells so on stderr. It takes a minute or two for 400 million values, in 1.5 GB of memory, and as much disk
+        again as the values take, twice that while it works (docs/scale.md). Raises LedgerError where the disk refuses.
         """
         compact(self.folder, to_stderr)
 
@@ -286,8 +286,7 @@ class Ledger:
         none = True
         if stored is not None:
             later = later.sort("id")
-            for path in stored.files if target is None or target in stored.targets else ():
-                frame = stored.read(path, target)
+            for frame in stored.frames(target):
                 until = later["id"].search_sorted(frame["id"][-1], side="right") if frame.height else 0
                 if until:
                     both = pl.concat([frame, later.head(until)])

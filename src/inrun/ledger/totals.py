@@ -18,6 +18,8 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -43,6 +45,7 @@ _FORMAT = 1
 _BATCH = 2**27  # bytes of parts that become a run: some 17 million values
 _SPAN = 2**20  # rows of runs that become a file
 _GROUP = 2**16  # rows of a run that are read at once
+_AHEAD = 4  # files that are read at once
 _SAMPLED = 1024  # one id in so many tells where spans end
 
 Tell = Callable[[str], None]
@@ -56,8 +59,14 @@ class Totals(NamedTuple):
     covered: dict[str, list[int]]  # the names of parts, and what they were known by
     id_type: type[pl.DataType]
 
-    def read(self, path: Path, target: str | None) -> pl.DataFrame:
-        """One of the files: id, [target,] value, count of the examples that have values, sorted by id."""
+    def frames(self, target: str | None) -> Iterator[pl.DataFrame]:
+        """File by file, some read ahead: id, [target,] value, count of the examples that have values, sorted by id."""
+        if target is None or target in self.targets:
+            with ThreadPoolExecutor(_AHEAD) as pool:
+                for first in range(0, len(self.files), _AHEAD):
+                    yield from pool.map(partial(self._read, target=target), self.files[first : first + _AHEAD])
+
+    def _read(self, path: Path, target: str | None) -> pl.DataFrame:
         frames = []
         for name in self.targets if target is None else [target]:
             columns = [pl.col(f"{of}:{name}").alias(of) for of in ("value", "count")]
@@ -116,7 +125,7 @@ def later_parts(folder: Path, totals: Totals | None) -> list[Part]:
 def compact(folder: Path, tell: Tell) -> None:
     """Bring the totals up to date. Another process that does so is waited for; a kill leaves what was there.
 
-    Needs room on disk for the totals twice (some 8 bytes for each example and target), and for older ones meanwhile.
+    Needs room on disk for the totals twice (some 8 bytes for each example and target).
     Raises LedgerError where the disk refuses or a part cannot be read.
     """
     try:
