@@ -9,6 +9,7 @@ import polars as pl
 import pytest
 
 from inrun.ledger import Ledger, LedgerError, LedgerWriter, write_examples
+from inrun.ledger import examples as examples_table
 from tests.ledger.rows import RUN, assert_holds, book, book_unasked, names, rows_in, rows_of
 
 
@@ -252,6 +253,14 @@ def test_examples_that_are_wrong_leave_the_earlier_table(
         write_examples(tmp_path, frame)
     assert pl.read_parquet(tmp_path / "examples.parquet").rows() == [("a", "x")]
     assert [path.name for path in tmp_path.iterdir()] == ["examples.parquet"]
+
+
+@pytest.mark.parametrize("ids", [["b", "a", "d", "c", "b"], ["c", "b", "a", None], ["a", "b", "b"], [None, "a"]])
+def test_ids_are_counted_some_at_a_time(tmp_path: Path, ids: list[str | None], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(examples_table, "_AT_ONCE", 1)
+    with pytest.raises(LedgerError, match="a null id" if None in ids else "the id 'b' 2 times"):
+        write_examples(tmp_path, pl.DataFrame({"id": ids}))
+    write_examples(tmp_path, pl.DataFrame({"id": [*{*ids} - {None}]}))
 
 
 def test_examples_can_be_made_from_the_table_itself(tmp_path: Path) -> None:

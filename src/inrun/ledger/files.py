@@ -3,10 +3,15 @@
 import io
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
 import polars as pl
+
+if os.name != "nt":
+    import fcntl
 
 _TEMP_NAME = re.compile(r"\.(?:run\.json|examples\.parquet|\d+-\d+-r\d+\.parquet)\.r(\d+)\.tmp")
 
@@ -60,3 +65,12 @@ def sync_folder(folder: Path) -> None:
     """Make the names in a folder durable. Windows cannot open one, and keeps a journal of renames."""
     if os.name != "nt":
         sync(folder)
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Let one process at a time into the block; the system frees the lock of one that is killed. (Not on Windows.)"""
+    with open(path, "wb") as file:
+        if os.name != "nt":
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -1,12 +1,12 @@
 """Reading a ledger: totals per example, group, step and time.
 
 Values are in nats of target loss, positive = helped. Nothing here loads a run into memory: the parts are
-scanned and aggregated in a stream, so what is held is one row per example or per group. A ledger can be read
-while it is written.
+scanned and aggregated in a stream, so what is held is one row per example or per group. Of large ledgers the examples'
+totals are kept (`inrun.ledger.totals`) and gone through in spans of ids. A ledger can be read while it is written.
 """
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import numpy as np
 import polars as pl
 
 from inrun.ledger.checks import Floats
+from inrun.ledger.ranked import ranked
 from inrun.ledger.schema import (
     EXAMPLES,
     KINDS,
@@ -24,7 +25,9 @@ from inrun.ledger.schema import (
     UNREADABLE,
     VALUES,
     LedgerError,
+    Part,
     corrupt,
+    first_corrupt,
     id_type_in,
     id_type_of,
     list_parts,
@@ -34,6 +37,11 @@ from inrun.ledger.schema import (
     scan_steps,
     values_schema,
 )
+from inrun.ledger.totals import Totals, compact, later_parts, to_stderr, usable
+
+# Bytes of parts from which on it pays to keep their totals: some 270 million values, that a query adds up in seconds.
+_WORTH_KEEPING = 2**31
+_MANY = 2**20  # groups that may wait to be added up
 
 # Columns of the answers: a column of the examples table with such a name reads as example_NAME.
 _TAKEN = (
@@ -76,16 +84,20 @@ class Ledger:
 
     def scan(self) -> pl.LazyFrame:
         """Every use of an example, lazily: step, id, target, value."""
-        paths = [part.path for part in list_parts(self.folder, VALUES)]
+        return self._scan_values(list_parts(self.folder, VALUES))
+
+    def _scan_values(self, parts: list[Part], id_type: type[pl.DataType] | None = None) -> pl.LazyFrame:
+        """The rows of these parts. Raises LedgerError where their ids are of several types, or not of `id_type`."""
+        paths = [part.path for part in parts]
         if not paths:
-            return pl.LazyFrame(schema=values_schema(self._examples_id_type() or pl.Int64))
+            return pl.LazyFrame(schema=values_schema(id_type or self._examples_id_type() or pl.Int64))
         for path in paths:
             if path not in self._seen:
                 self._seen[path] = id_type_of(path)
-            if self._seen[path] is not self._seen[paths[0]]:
+            if self._seen[path] is not (id_type or self._seen[paths[0]]):
                 raise LedgerError(
-                    f"{path} has ids of another type than {paths[0].name}: its rank booked them otherwise. "
-                    "Run it again with ids of one type."
+                    f"{path} has ids of another type than {'others' if id_type else paths[0].name}: its rank booked "
+                    "them otherwise. Run it again with ids of one type."
                 )
         return scan(paths)
 
@@ -94,7 +106,19 @@ class Ledger:
 
         Columns: id, [target,] value (sum over its uses), count (uses).
         """
-        return self._collect(self._totals(target).sort("value", "id", descending=[True, False]))
+        frames = list(self._totals(target))
+        if target is None or len(frames) == 1:
+            return pl.concat(frames).sort("value", "id", descending=[True, False])
+        return ranked(frames)
+
+    def compact(self) -> None:
+        """Bring the totals of the examples up to date, which queries of a large ledger are answered from.
+
+        A query does so by itself when more than 2 GB of parts are in no totals (and the folder can be written to), and
+        tells so on stderr. It takes a minute or two for 400 million values, in 1.5 GB of memory, and as much disk
+        again as the values take, twice that while it works (docs/scale.md). Raises LedgerError where the disk refuses.
+        """
+        compact(self.folder, to_stderr)
 
     def steps(self, target: str | None = None) -> pl.DataFrame:
         """One row per step and target, sorted so, with the columns of steps/ (`inrun.ledger.schema`)."""
@@ -169,19 +193,32 @@ class Ledger:
         """
         groups = self._groups(column)
         keys = [column, "target"] if target is None else [column]
-        grouped = (
-            self._totals(target)
-            .join(groups, on="id", how="left")
-            .group_by(keys)
-            .agg(
-                pl.col("value").sum(),
-                pl.col("count").sum(),
-                pl.len().cast(pl.Int64).alias("examples"),
-                (pl.col("value").sum() / pl.col("count").sum()).alias("mean"),
-                (pl.col("value") < 0).mean().alias("negative"),
+        if self._stored() and not self._collect(groups.select((pl.col("id") > pl.col("id").shift()).all())).item():
+            groups = self._collect(groups).lazy()  # each span's would be looked for in all of the file
+        partial: list[pl.DataFrame] = []
+        for totals in self._totals(target):
+            ends = pl.lit(totals["id"].min()), pl.lit(totals["id"].max())
+            of_span = self._collect(groups.filter(pl.col("id").is_between(*ends)))
+            if of_span["id"].equals(totals["id"]):  # as where all of a sorted table was used: that takes no join
+                joined = totals.with_columns(of_span[column])
+            else:
+                joined = self._collect(totals.lazy().join(of_span.lazy(), on="id", how="left"))
+            partial.append(
+                joined.group_by(keys).agg(
+                    pl.col("value").sum(),
+                    pl.col("count").sum(),
+                    pl.len().cast(pl.Int64).alias("examples"),
+                    (pl.col("value") < 0).sum().cast(pl.Int64).alias("negative"),
+                )
             )
+            if sum(frame.height for frame in partial) > 2 * partial[0].height + _MANY:
+                partial = [pl.concat(partial).group_by(keys).agg(pl.all().sum())]
+        grouped = pl.concat(partial).group_by(keys).agg(pl.all().sum())
+        shares = grouped.with_columns(
+            mean=pl.col("value") / pl.col("count"), negative=pl.col("negative") / pl.col("examples")
         )
-        return self._collect(grouped.sort("value", *keys, descending=[True] + [False] * len(keys)))
+        columns = [*keys, "value", "count", "examples", "mean", "negative"]
+        return shares.select(columns).sort("value", *keys, descending=[True] + [False] * len(keys))
 
     def timeline(self, column: str, bins: int = 40, target: str | None = None) -> pl.DataFrame:
         """The value of each group over the run, in at most `bins` spans of about as many steps each.
@@ -213,7 +250,7 @@ class Ledger:
     def distribution(self, target: str, bins: int = 60) -> pl.DataFrame:
         """Histogram of the examples' values: left, right (edges, in nats), count. Without values: no rows."""
         _at_least_one("bins", bins)
-        totals = self._collect(self._totals(target).select("value"))["value"].to_numpy()
+        totals = pl.concat([frame["value"] for frame in self._totals(target)]).to_numpy()
         if len(totals) == 0 or totals.min() == totals.max():
             edges, counts = np.repeat(totals[:1], 2), np.full(len(totals[:1]), len(totals))
         else:
@@ -236,18 +273,50 @@ class Ledger:
             raise LedgerError(f"{self.folder}: there is no target {target!r}; the targets are: {known}.")
         return rows.filter(pl.col("target") == target)
 
-    def _totals(self, target: str | None) -> pl.LazyFrame:
+    def _totals(self, target: str | None) -> Iterator[pl.DataFrame]:
+        """The examples' totals: id, [target,] value, count. In several frames where totals are kept: then each is
+        sorted by id, and none has an id that is below one of an earlier frame. There is always one.
+        """
         keys = ["id", "target"] if target is None else ["id"]
-        rows = self._of_target(self.scan(), target)
-        return rows.group_by(keys).agg(pl.col("value").sum(), pl.len().cast(pl.Int64).alias("count"))
+        stored = self._stored()
+        parts = self._scan_values(later_parts(self.folder, stored), None if stored is None else stored.id_type)
+        rows = self._of_target(parts, target)
+        added = pl.col("value").sum(), pl.len().cast(pl.Int64).alias("count")
+        later = self._collect(rows.group_by(keys).agg(*added).select(*keys, "value", "count"))
+        none = True
+        if stored is not None:
+            later = later.sort("id")
+            for frame in stored.frames(target):
+                until = later["id"].search_sorted(frame["id"][-1], side="right") if frame.height else 0
+                if until:
+                    both = pl.concat([frame, later.head(until)])
+                    frame = both.group_by(keys).agg(pl.all().sum()).sort("id")
+                    later = later.slice(until)
+                if frame.height:
+                    yield frame
+                    none = False
+        if none or later.height:
+            yield later
+
+    def _stored(self) -> Totals | None:
+        """The totals that are kept, made first where there is much that they do not cover."""
+        stored = usable(self.folder)
+        waiting = sum(part.path.stat().st_size for part in later_parts(self.folder, stored))
+        if waiting > _WORTH_KEEPING and os.access(self.folder, os.W_OK):
+            self.compact()
+            stored = usable(self.folder)
+        return stored
 
     def _extreme(self, n: int, target: str | None, best: bool) -> pl.DataFrame:
         _at_least_one("n", n)
-        totals = self._totals(target)
-        if target is None:
-            # Every use has a value for each target: the uses are not added up.
-            totals = totals.group_by("id").agg(pl.col("value").sum(), pl.col("count").max())
-        found = self._collect(totals.sort("value", "id", descending=[best, False]).head(n))
+        found: pl.DataFrame | None = None
+        for totals in self._totals(target):
+            if target is None:
+                # Every use has a value for each target: the uses are not added up.
+                totals = totals.group_by("id").agg(pl.col("value").sum(), pl.col("count").max())
+            among = totals if found is None else pl.concat([found, totals])
+            found = self._collect(among.lazy().sort("value", "id", descending=[best, False]).head(n))
+        assert found is not None
         examples = self._examples_to_join()
         if examples is None:
             return found
@@ -281,7 +350,9 @@ class Ledger:
         examples = self.examples()
         if examples is None:
             return None
-        given, booked = examples.collect_schema().get("id"), self.scan().collect_schema()["id"]
+        stored = usable(self.folder)
+        booked = self.scan().collect_schema()["id"] if stored is None else stored.id_type
+        given = examples.collect_schema().get("id")
         if given != booked:
             raise LedgerError(
                 f"{self.folder / EXAMPLES}: its ids are {given}, but the run booked {booked}; "
@@ -296,15 +367,10 @@ class Ledger:
             raise self._blame(error) from error
 
     def _blame(self, error: BaseException) -> LedgerError:
-        """Find the file that cannot be read: polars does not always name it."""
         paths = [part.path for kind in KINDS for part in list_parts(self.folder, kind)]
-        for path in [*paths, self.folder / EXAMPLES]:
-            try:
-                for _ in scan(path).collect_batches() if path.exists() else ():
-                    pass
-            except UNREADABLE as reason:
-                return corrupt(path, reason)
-        return LedgerError(f"{self.folder} could not be read ({error}). If its run is being resumed, read it again.")
+        return first_corrupt([*paths, self.folder / EXAMPLES]) or LedgerError(
+            f"{self.folder} could not be read ({error}). If its run is being resumed, read it again."
+        )
 
 
 def _at_least_one(name: str, number: int) -> None:

@@ -6,6 +6,7 @@
     modules/*.parquet  where values by module are asked for: the rows of values/ in parts, with the module of each
     token_values/*.parquet  where values by token are: the rows of values/ with a list of one value per token
     examples.parquet   optional: id and the user's columns
+    totals/            of large ledgers, made by who reads: what each example's values add up to (inrun.ledger.totals)
 
 A part is named FIRST-LAST-rRANK.parquet by its steps, so that names sort by step, and is only ever replaced
 whole.
@@ -13,6 +14,7 @@ whole.
 
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -153,6 +155,17 @@ def scan(path: Path | list[Path]) -> pl.LazyFrame:
 def scan_steps(paths: list[Path]) -> pl.LazyFrame:
     """Parts of steps/ with all columns of today: null in a part written before there was such a column."""
     return pl.scan_parquet(paths, glob=False, hive_partitioning=False, schema=STEPS_SCHEMA, missing_columns="insert")
+
+
+def first_corrupt(paths: Iterable[Path]) -> LedgerError | None:
+    """The error of the first of these files that cannot be read whole: polars does not always name it."""
+    for path in paths:
+        try:
+            for _ in scan(path).collect_batches() if path.exists() else ():
+                pass
+        except UNREADABLE as error:
+            return corrupt(path, error)
+    return None
 
 
 def corrupt(path: Path, error: BaseException) -> LedgerError:

@@ -47,6 +47,7 @@ from inrun.ledger.schema import (
     read_run,
     scan,
 )
+from inrun.ledger.totals import forget
 
 
 class LedgerWriter:
@@ -201,6 +202,8 @@ class LedgerWriter:
         batches = [batch.until(step) for batch in (*self._background.waiting, batch_of(self._buffer))]
         self._buffer, self._rows, self._size = [], 0, 0
         self._background.waiting = deque(batch for batch in batches if batch.steps)
+        if any(part.last > step for part in self._parts()):
+            forget(self._folder)
         # From the last step back, so that a kill on the way leaves no hole.
         for part in sorted(self._parts(), key=lambda part: part.first, reverse=True):
             if part.last > step:
