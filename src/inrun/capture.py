@@ -411,7 +411,7 @@ class Capture:
         versions = [x._version for x in tensors((args, kwargs))]
         nothing: list[Tensor | None] = [None] * len(leaves)
         call = Call(unit, args, kwargs, unit.module.training, self._cast_to(), before, versions, list(rows), nothing)
-        call.late = kernel == "late"
+        call.late, call.met_in = kernel == "late", self._processes.met_in
         if captured.by_token and self._now.times is not None:
             call.times = self._now.times[unit, index]
         formed = kernel == "formed"

@@ -1,6 +1,6 @@
 """What a batch block captured: the calls of units, and the gradients that units formed by themselves."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -13,7 +13,6 @@ from inrun.errors import InrunError
 from inrun.formed import Formed
 from inrun.gradient import wide
 from inrun.packed import Packed
-from inrun.parallel import is_piece
 from inrun.rows import Rows
 from inrun.scratch import Kept, Scratch
 from inrun.state import Before
@@ -38,14 +37,8 @@ class Call:
     gradients: list[Tensor | None]
     spilled: bool = False
     late: bool = False  # its examples' gradients are formed at the step
+    met_in: Mapping[Tensor, torch.dtype] = field(default_factory=dict)  # of sharded parameters
     times: tuple[Time | None, ...] = ()  # where the tokens stand in every output, if they are asked for
-
-    def dtype_of(self, p: Tensor) -> torch.dtype:
-        """The precision in which the call met its parameter: of a sharded one, that of what it computed with."""
-        if not is_piece(p) or p.dtype != torch.float32 or self.autocast is not None:
-            return p.dtype
-        met = [x.dtype for x in tensors((self.args, self.kwargs, self.gradients)) if x.is_floating_point()]
-        return met[0] if met else p.dtype
 
     @cached_property
     def gradient_norms(self) -> list[Tensor | None]:

@@ -86,6 +86,14 @@ class Processes:
                 "torch.distributed.fsdp.fully_shard."
             )
         self.reshard()
+        sharded: list[Any] = [m for m in self.model.modules() if is_sharded(m)]
+        self._groups = [group for m in sharded for group in m._get_fsdp_state()._fsdp_param_groups]
+        # the precision in which modules meet the whole of their sharded parameters
+        self.met_in: dict[Tensor, torch.dtype] = {
+            of.sharded_param: group.mp_policy.param_dtype or of.sharded_param.dtype
+            for group in self._groups
+            for of in group.fsdp_params
+        }
         self._check_pieces()
         if replicas is not None:
             self._check_replicas(replicas)
@@ -152,10 +160,7 @@ class Processes:
         """What a gradient that is made here counts in the one that optimizers receive: their mean, unless fully_shard's
         divisor was set (set_gradient_divide_factor).
         """
-        sharded: list[Any] = [m for m in self.model.modules() if is_sharded(m)] if self.sharded else []
-        states = [m._get_fsdp_state() for m in sharded]
-        groups = [group for state in states for group in state._fsdp_param_groups]
-        factors = {group.gradient_divide_factor or float(self.size) for group in groups} or {float(self.size)}
+        factors = {of.gradient_divide_factor or float(self.size) for of in self._groups} or {float(self.size)}
         if len(factors) > 1:
             raise InrunError(
                 f"gradients of parts of the model are divided by different numbers ({sorted(factors)}), so that they "
@@ -262,6 +267,10 @@ class Processes:
             for (i, j), summed in zip(some, torch.split(self.total(flat), [x.numel() for x in given]), strict=True):
                 found[i][j] = summed.view(like[j].shape)
         return found
+
+    def as_met(self, p: Tensor, piece: Tensor) -> Tensor:
+        """`whole`, in bfloat16 where modules meet the parameter so: half as much is sent."""
+        return self.whole(p, piece.bfloat16() if self.met_in.get(p) is torch.bfloat16 else piece)
 
     def whole(self, p: Tensor, piece: Tensor) -> Tensor:
         """A tensor laid out as the parameter, of which this process holds a piece."""

@@ -241,7 +241,7 @@ def _contract_unit(
     def towards(k: int) -> dict[str, Tensor]:
         """The unit's part of a target's q."""
         of = {n: p for n, p in parameters.items() if p in directions[k].vectors}
-        return {n: processes.whole(p, _received_q(directions[k], p, scales)) for n, p in of.items()}
+        return {n: processes.as_met(p, _received_q(directions[k], p, scales)) for n, p in of.items()}
 
     late = [(call, block) for call, block in calls if call.late]
     again = [(call, block) for call, block in calls if not call.late]
@@ -253,7 +253,7 @@ def _contract_unit(
         return
     weights = None
     if processes.sharded and not unit.closed_form:
-        weights = {n: processes.whole(p, local(p)) for n, p in unit.module.named_parameters(remove_duplicate=False)}
+        weights = {n: processes.as_met(p, local(p)) for n, p in unit.module.named_parameters(remove_duplicate=False)}
     for k in range(len(directions)):
         for module, direction in _by_module(towards(k), parameters, module_of):
             for call, block in again:
@@ -314,7 +314,7 @@ def _contract_tangent(
     """
     scale = 1.0
     own = call.unit.parameters
-    dtypes = {name: call.dtype_of(p) for name, p in own.items()}
+    dtypes = {name: call.met_in.get(p, p.dtype) for name, p in own.items()}
     if torch.float16 in (call.autocast, *dtypes.values()):  # it has no numbers as small as q is
         largest = max(float(q.abs().max()) if q.numel() else 0.0 for q in direction.values())
         scale = 2.0 ** -math.frexp(largest)[1] if largest else 1.0
