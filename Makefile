@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: setup demo test check bench study-fidelity study-refresh study-facts clean
+.PHONY: setup demo test check bench bench-ledger study-fidelity study-refresh study-facts clean
 
 setup: $(INSTALLED)
 
@@ -32,6 +32,10 @@ bench: setup
 	$(BIN)/python -m pip install --quiet --no-warn-conflicts --constraint constraints.txt --group study --group bench
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps bergson
 	$(BIN)/python -m benchmarks $(if $(QUICK),--quick)
+
+# the ledger at 100 million examples; EXAMPLES=1_000_000: a few seconds
+bench-ledger: setup
+	$(BIN)/python -m benchmarks.ledger_scale $(if $(EXAMPLES),--examples $(EXAMPLES))
 
 study-fidelity: setup
 	$(BIN)/python -m pip install --quiet --no-warn-conflicts --constraint constraints.txt --group study

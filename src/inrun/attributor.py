@@ -289,7 +289,7 @@ class Attributor:
                 f"{len(self._waiting.remaining)} of {len(self.optimizers)} optimizers have not stepped since the last "
                 "batch: step all that the Attributor was given before the next, or discard() what was dropped."
             )
-        if self._pending and self._received.left_out():
+        if self._pending and self._received.left_out(self._processes):
             self.discard()
         self._games = {}
         self._open = True

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from inrun.errors import InrunError
-from inrun.parallel import gradient_of, local
+from inrun.parallel import ALONE, Processes, gradient_of, local
 from inrun.update import Moved
 
 _PART = 2**17  # entries looked at together: they fit a processor's cache
@@ -96,14 +96,15 @@ class Received:
             return True
         return not same([(sample(g), self._marks[p].some) for p, g in now.items() if g is not None])
 
-    def left_out(self) -> bool:
+    def left_out(self, processes: Processes = ALONE) -> bool:
         """Whether there was no step since the batch because a gradient was not finite, as a gradient scaler does it.
 
         Raises InrunError if gradients changed otherwise: accumulation must go on from where it was.
         """
         changed = {p: name for p, name in self._names.items() if self._differ({p: gradient_of(p)})}
         known = [self._copies[p] if self._copying else self._marks[p].some for p in changed if p in self._marks]
-        if not all(bool(gradient.isfinite().all()) for gradient in known):
+        finite = all(bool(gradient.isfinite().all()) for gradient in known)
+        if processes.any(not finite) if processes.sharded else not finite:  # it may be in another's piece
             return True
         if changed:
             some = ", ".join(list(changed.values())[:4]) + (", ..." if len(changed) > 4 else "")

@@ -74,7 +74,6 @@ class Processes:
                 raise InrunError("within= is no DistributedDataParallel that holds the model.")
         several = not alone and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
         self.rank, self.size = (dist.get_rank(), dist.get_world_size()) if several else (0, 1)
-        self.sharded = any(map(is_sharded, self.model.modules()))
         self._replicas = replicas
         self._group: Any = None if replicas is None else replicas.process_group  # None: all that there are
         self.step = 1  # that is being taken
@@ -85,15 +84,16 @@ class Processes:
                 f"a model in {', '.join(kinds & _UNKNOWN)} cannot be valued: use DistributedDataParallel, or "
                 "torch.distributed.fsdp.fully_shard."
             )
+        self._cut: list[Any] = [m for m in self.model.modules() if is_sharded(m)]
+        self._groups = [group for m in self._cut for group in m._get_fsdp_state()._fsdp_param_groups]
         self.reshard()
-        sharded: list[Any] = [m for m in self.model.modules() if is_sharded(m)]
-        self._groups = [group for m in sharded for group in m._get_fsdp_state()._fsdp_param_groups]
         # the precision in which modules meet the whole of their sharded parameters
         self.met_in: dict[Tensor, torch.dtype] = {
             of.sharded_param: group.mp_policy.param_dtype or of.sharded_param.dtype
             for group in self._groups
             for of in group.fsdp_params
         }
+        self.sharded = bool(self._cut)
         self._check_pieces()
         if replicas is not None:
             self._check_replicas(replicas)
@@ -193,10 +193,8 @@ class Processes:
 
     def reshard(self) -> None:
         """Drop the whole weights that a forward pass left behind: they are not to be met when the pieces have moved."""
-        if self.sharded:
-            for m in self.model.modules():
-                if is_sharded(m):
-                    m.reshard()  # type: ignore[operator]
+        for m in self._cut:
+            m.reshard()
 
     # what the processes tell one another
 

@@ -52,7 +52,7 @@ class Run:
     mixed: bool = False  # bfloat16 in the forward
     replicas: bool = False  # of every piece, on all processes
     summed: bool = False  # gradients are added up, not averaged
-    steps: int = 4
+    steps: int = 3
     batch: int = 3
     accumulation: int = 1
     no_sync: bool = True
