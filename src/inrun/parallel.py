@@ -115,6 +115,12 @@ class Processes:
                         "(requires_grad_(False)), or shard it too."
                     )
                 continue
+            if getattr(p, "_post_accumulate_grad_hooks", None):
+                raise InrunError(
+                    f"{name}: a hook runs when its gradient is there (an optimizer that steps in the backward pass, most "
+                    "likely), and sharded weights' gradients for the targets are made in the same place: step after "
+                    "the backward pass."
+                )
             mesh: Any = p.device_mesh  # type: ignore[attr-defined]
             places = [type(place).__name__ for place in p.placements]  # type: ignore[attr-defined]
             if not self.sharded or places[:-1] not in ([], ["Replicate"]) or places[-1] != "Shard":

@@ -31,6 +31,7 @@ MORE: dict[str, tuple[dict[str, Any], float]] = {
     "nodes": ({"settings": {"nodes": 2}}, EXACT),
     "adaptive": ({"rate": 0.1, "settings": {"nodes": "adaptive", "tolerance": 0.001}}, EXACT),
     "refresh": ({"steps": 5, "settings": {"scheme": "first", "refresh": 3}}, EXACT),
+    "tangent": ({"settings": {"kernel": "tangent"}}, EXACT),
     "by-module": ({"settings": {"by_module": ["h.*"]}}, EXACT),
     "by-token": ({"settings": {"token_values": True}}, EXACT),
     "mlp": ({"case": "mlp"}, EXACT),
@@ -46,14 +47,14 @@ ONLY: dict[str, dict[str, tuple[dict[str, Any], float]]] = {
         "at-once-accumulated": (AT_ONCE | {"accumulation": 2, "clip": 0.05}, EXACT),
         "second": ({"optimizer": "sgd", "settings": {"scheme": "second"}}, EXACT),
         "perexample": ({"settings": {"kernel": "perexample"}}, EXACT),
-        "tangent": ({"settings": {"kernel": "tangent"}}, EXACT),
         "muon": ({"optimizer": "muon"}, 1e-6),
     },
     "fsdp": {
         "summed": ({"summed": True, "targets": [1, 3], "settings": {"target_batches": 1}}, EXACT),
         "replicas": ({"replicas": True, "clip": 0.05}, EXACT),
-        # bfloat16 in the forward, on one process as on several
+        # bfloat16 in the forward, on one process as on several; and without
         "mixed": ({"dtype": "float32", "mixed": True, "optimizer": "sgd", "steps": 2}, 0.02),
+        "unmixed": ({"dtype": "float32", "optimizer": "sgd", "steps": 2}, SINGLE),
     },
 }
 
@@ -90,7 +91,8 @@ def test_values_books_and_weights_are_those_of_one_process(ranks: int, tmp_path:
         for (wrap, name), (of, _) in kinds.items()
     }
     alone = {name: replace(run, folder=str(tmp_path / f"alone-{name}")) for (_, name), run in runs.items()}
-    run_on(ranks, list(runs.values()), tmp_path)
+    plain = [Run(str(tmp_path / f"{wrap}-unattached"), ranks, wrap=wrap, attached=False) for wrap in ("ddp", "fsdp")]
+    run_on(ranks, [*runs.values(), *plain], tmp_path)
     run_on(1, list(alone.values()), tmp_path)
     wrong = [
         f"{wrap} {name}: {problem}"
@@ -100,6 +102,10 @@ def test_values_books_and_weights_are_those_of_one_process(ranks: int, tmp_path:
     assert not wrong, "\n".join(wrong)
     if ranks == 2:
         check_parts(tmp_path)
+        assert apart(tmp_path / "fsdp-mixed", tmp_path / "alone-unmixed") <= 0.03
+        for wrap in ("ddp", "fsdp"):  # bit for bit
+            weights = weights_of(tmp_path / f"{wrap}-tangent")
+            assert all(torch.equal(x, weights[n]) for n, x in weights_of(tmp_path / f"{wrap}-unattached").items())
 
 
 def check_parts(place: Path) -> None:

@@ -51,6 +51,7 @@ class Run:
     dtype: str = "float64"
     mixed: bool = False  # bfloat16 in the forward
     replicas: bool = False  # of every piece, on all processes
+    attached: bool = True  # an Attributor
     summed: bool = False  # gradients are added up, not averaged
     steps: int = 3
     batch: int = 3
@@ -121,6 +122,8 @@ def train(run: Run) -> None:
         model, optimizers, targets, case.loss, ledger=run.folder, resume=bool(run.checkpoint),
         audit_every=run.audit_every, **(run.settings or {}),
     )  # fmt: skip
+    if not run.attached:
+        attributor.close()
     if run.checkpoint:
         first = 1 + load(run, inner, optimizers[0], attributor)
     weights = get_model_state_dict(inner, options=WHOLE) if run.poison else {}
@@ -141,10 +144,11 @@ def train(run: Run) -> None:
                         inner.set_requires_gradient_sync(last and r == run.ranks - 1)
                     ids, batch = microbatch(run, step, k, r)
                     share = run.accumulation * (run.ranks if alone or run.summed else 1)
-                    with attributor.batch(ids) as block:
+                    with attributor.batch(ids) if run.attached else nullcontext() as block:
                         loss = case.loss(model, batch) / share
                         loss.backward()
-                        block.loss = loss.detach() * (run.ranks if run.summed and not alone else 1)
+                        if block is not None:
+                            block.loss = loss.detach() * (run.ranks if run.summed and not alone else 1)
         if run.clip:
             nn.utils.clip_grad_norm_(inner.parameters(), run.clip)
         if run.clip_value:
