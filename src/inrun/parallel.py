@@ -117,9 +117,9 @@ class Processes:
                 continue
             if getattr(p, "_post_accumulate_grad_hooks", None):
                 raise InrunError(
-                    f"{name}: a hook runs when its gradient is there (an optimizer that steps in the backward pass, most "
-                    "likely), and sharded weights' gradients for the targets are made in the same place: step after "
-                    "the backward pass."
+                    f"{name}: a hook runs when its gradient is there (an optimizer that steps in the backward pass, "
+                    "most likely), and gradients of targets come to sharded weights in the same place: step after the "
+                    "backward pass."
                 )
             mesh: Any = p.device_mesh  # type: ignore[attr-defined]
             places = [type(place).__name__ for place in p.placements]  # type: ignore[attr-defined]
