@@ -31,7 +31,7 @@ from inrun.errors import InrunError
 T = TypeVar("T")
 
 _BUCKET = 2**24  # entries that are sent together
-_ROLL_CALL = 10.0  # seconds for those who are still there to say so
+_ROLL_CALL = 5.0  # seconds for those who are still there to say so
 # wrappers of a model that do otherwise than DistributedDataParallel
 _UNKNOWN = {"FullyShardedDataParallel", "DeepSpeedEngine", "DataParallel"}
 

@@ -340,6 +340,8 @@ def test_errors() -> None:
             trainer_of(callback_of(id_key=id_key)).fit(Lit(), loader())
     with pytest.raises(InrunError, match="when training begins"):
         callback_of().batch([1])
-    several: Any = SimpleNamespace(world_size=2)
-    with pytest.raises(InrunError, match="several processes"):
-        callback_of().on_train_start(several, Lit())
+    lit = Lit()
+    replicas: Any = DistributedDataParallel.__new__(DistributedDataParallel)
+    several: Any = SimpleNamespace(strategy=SimpleNamespace(model=replicas), optimizers=[])
+    with pytest.raises(InrunError, match=r"the examples must go through a module in the LightningModule"):
+        callback_of(model=lambda module: module).on_train_start(several, lit)

@@ -48,7 +48,7 @@ def alone_together(
     [("ddp", "step", 1), ("ddp", "backward", 1), ("fsdp", "hang", 1), ("fsdp", "step", 0)],  # 0 keeps the store
 )
 def test_the_others_say_which_process_has_gone(wrap: str, where: str, rank: int, tmp_path: Path) -> None:
-    run = Run(str(tmp_path / "run"), 2, wrap=wrap, steps=4, stop=3, stop_rank=rank, stop_where=where, patience=20)
+    run = Run(str(tmp_path / "run"), 2, wrap=wrap, steps=4, stop=3, stop_rank=rank, stop_where=where, patience=15)
     here = alone_together([[run], [run]], tmp_path)[1 - rank]
     assert here.returncode == 1, here.stderr
     assert f"ProcessError: step 3: process {rank} of 2 has gone, or does something else" in here.stderr
@@ -56,7 +56,7 @@ def test_the_others_say_which_process_has_gone(wrap: str, where: str, rank: int,
 
 
 def test_processes_that_differ_are_told(tmp_path: Path) -> None:
-    run = Run(str(tmp_path / "run"), 2, steps=2, patience=20)
+    run = Run(str(tmp_path / "run"), 2, steps=2, patience=15)
     for one in alone_together([[run], [replace(run, audit_every=3)]], tmp_path):
         assert one.returncode == 1
         assert "process 1 was given another model, other targets or settings than process 0" in one.stderr
@@ -69,7 +69,7 @@ def test_a_gradient_that_is_not_finite_on_one_is_all_processes_business(tmp_path
         wrap="fsdp",
         steps=3,
         poison=2,
-        patience=20,
+        patience=15,
         optimizer="sgd",
         settings={"nonfinite": "skip"},
     )

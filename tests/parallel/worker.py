@@ -132,7 +132,7 @@ def train(run: Run) -> None:
         if leaving and run.stop_where == "backward":
             os._exit(9)
         if leaving and run.stop_where == "hang":
-            time.sleep(3 * run.patience)
+            time.sleep(2 * run.patience)
         for k in range(run.accumulation):
             last = k == run.accumulation - 1
             if run.wrap == "fsdp" and inner is model and isinstance(inner, FSDPModule):
