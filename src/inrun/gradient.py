@@ -96,14 +96,16 @@ class Received:
             return True
         return not same([(sample(g), self._marks[p].some) for p, g in now.items() if g is not None])
 
-    def left_out(self) -> bool:
+    def left_out(self, anywhere: Callable[[bool], bool] = bool) -> bool:
         """Whether there was no step since the batch because a gradient was not finite, as a gradient scaler does it.
+
+        `anywhere`: whether it is so with any process that has a part of the gradient.
 
         Raises InrunError if gradients changed otherwise: accumulation must go on from where it was.
         """
         changed = {p: name for p, name in self._names.items() if self._differ({p: gradient_of(p)})}
         known = [self._copies[p] if self._copying else self._marks[p].some for p in changed if p in self._marks]
-        if not all(bool(gradient.isfinite().all()) for gradient in known):
+        if anywhere(not all(bool(gradient.isfinite().all()) for gradient in known)):
             return True
         if changed:
             some = ", ".join(list(changed.values())[:4]) + (", ..." if len(changed) > 4 else "")

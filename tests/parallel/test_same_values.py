@@ -51,6 +51,13 @@ ONLY: dict[str, dict[str, tuple[dict[str, Any], float]]] = {
     },
     "fsdp": {
         "replicas": ({"replicas": True, "clip": 0.05}, EXACT),
+        "looked-at": ({"looks": True, "steps": 2}, EXACT),
+        "looked-at-refresh": (
+            {"looks": True, "case": "repeated", "settings": {"scheme": "first", "refresh": 3}},
+            EXACT,
+        ),
+        "kept-whole": ({"kept_whole": True, "case": "repeated"}, EXACT),
+        "mixed-lstm": ({"dtype": "float32", "mixed": True, "optimizer": "sgd", "steps": 2, "case": "lstm"}, 0.02),
         # bfloat16 in the forward, on one process as on several
         "mixed": ({"dtype": "float32", "mixed": True, "optimizer": "sgd", "steps": 2}, 0.02),
     },
