@@ -182,6 +182,7 @@ class Attributor:
             target.check_finite(found, 0)
         parts = parts_of(by_module, self._names, type(model).__name__)
         self._settings = f"{scheme}, {nodes}, {rule}, {refresh}, {target_batches}, {kernel}, {audit_every}, {nonfinite}"
+        self._settings += f", {tolerance}, {max_nodes}, {token_values}, {by_module}, {batch_dim}"
         self._kernel, self._token_values = kernel, token_values
         self._room = free_memory() // 2 if memory == "auto" else memory
         folder = None if ledger is None else Path(ledger)
