@@ -182,6 +182,7 @@ class Attributor:
             target.check_finite(found, 0)
         parts = parts_of(by_module, self._names, type(model).__name__)
         self._settings = f"{scheme}, {nodes}, {rule}, {refresh}, {target_batches}, {kernel}, {audit_every}, {nonfinite}"
+        self._settings += f", {tolerance}, {max_nodes}, {token_values}, {by_module}, {batch_dim}"
         self._kernel, self._token_values = kernel, token_values
         self._room = free_memory() // 2 if memory == "auto" else memory
         folder = None if ledger is None else Path(ledger)
@@ -289,7 +290,8 @@ class Attributor:
                 f"{len(self._waiting.remaining)} of {len(self.optimizers)} optimizers have not stepped since the last "
                 "batch: step all that the Attributor was given before the next, or discard() what was dropped."
             )
-        if self._pending and self._received.left_out(self._processes):
+        anywhere = self._processes.any if self._processes.sharded else bool  # each has other parts of the gradient
+        if self._pending and self._received.left_out(anywhere):
             self.discard()
         self._games = {}
         self._open = True
@@ -348,7 +350,12 @@ class Attributor:
         self._processes.step = self.step + 1
         if self._met:
             return
-        targets = ", ".join(f"{target.name}: {len(target.batches)} batches" for target in self._targets)
+        if self._processes.size == 1:
+            self._met = True
+            return
+        targets = ", ".join(
+            f"{target.name}: {len(target.batches)} batches ({target.mark()})" for target in self._targets
+        )
         self._processes.meet(
             f"{len(self._names)} trained parameters, targets {targets}; settings {self._settings}, at step {self.step}"
         )
@@ -568,6 +575,7 @@ class Attributor:
 
     def _evaluate(self) -> "_Waiting":
         """The values of the step that the optimizers are about to take. Changes nothing."""
+        self._processes.reshard()  # whole weights may be there of a forward of the user's, and would not move
         step, moves = self.step + 1, self._moves()
         self._evaluate_as_trained()
         waiting = _Waiting(set(self.optimizers))
@@ -578,7 +586,7 @@ class Attributor:
             self._check_finite(moves, waiting)
         except NonFiniteError as found:
             problem = problem or found
-        mine = Report(len(ids), train_loss(self._pending), finite=problem is None)
+        mine = Report(len(ids), train_loss(self._pending), problem is None, self._books())
         waiting.told = told = self._processes.report(mine)
         try:
             if problem is not None:
@@ -607,6 +615,15 @@ class Attributor:
             waiting.before = {p: moved.weight.clone() for p, moved in moves.items()}
             waiting.expected = displacements(moves, 1.0)
         return waiting
+
+    def _books(self) -> str:
+        """By what the step's books are kept, which the processes add up entry by entry."""
+        if self._processes.size == 1:
+            return ""
+        called = [call.unit for microbatch in self._pending for call in microbatch.captured.calls]
+        groups, _ = self._units.joined(called)
+        units = dict.fromkeys([*self._units.all, *called]) if self._processes.sharded else ()  # gathered one by one
+        return str([sorted(self._names[p] for p in group.parameters) for group in groups] + [u.name for u in units])
 
     def _check_finite(self, moves: Mapping[nn.Parameter, Moved], waiting: "_Waiting") -> None:
         """Raise NonFiniteError if a gradient is not finite; keep the squares, by which a change would be seen."""

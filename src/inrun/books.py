@@ -108,8 +108,9 @@ _CAUSES = (
     "A use of these parameters was not seen. Usual causes: gradients not zeroed before the batch, changed inside its "
     "block (clip after it), or made outside of it; a parameter read without calling its module, as in F.linear(x, "
     "m.weight); a penalty on the weights inside the loss (use the optimizer's weight_decay); autograd.grad() inside "
-    "the block (a gradient penalty); a hook that changes gradients. If nothing of this can be changed, freeze "
-    "these parameters (requires_grad_(False))."
+    "the block (a gradient penalty); a hook that changes gradients; on several processes, one that compresses what "
+    "they exchange, or a divisor other than their number (set_gradient_divide_factor). If nothing of this can be "
+    "changed, freeze these parameters (requires_grad_(False))."
 )
 _HALF_CAUSES = (
     " If all uses are seen: weights in half precision, whose gradients some operators add up over thousands of rows in "

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from inrun.errors import InrunError
-from inrun.parallel import ALONE, Processes, gradient_of, local
+from inrun.parallel import gradient_of, local
 from inrun.update import Moved
 
 _PART = 2**17  # entries looked at together: they fit a processor's cache
@@ -96,15 +96,16 @@ class Received:
             return True
         return not same([(sample(g), self._marks[p].some) for p, g in now.items() if g is not None])
 
-    def left_out(self, processes: Processes = ALONE) -> bool:
+    def left_out(self, anywhere: Callable[[bool], bool] = bool) -> bool:
         """Whether there was no step since the batch because a gradient was not finite, as a gradient scaler does it.
+
+        `anywhere`: whether it is so with any process that has a part of the gradient.
 
         Raises InrunError if gradients changed otherwise: accumulation must go on from where it was.
         """
         changed = {p: name for p, name in self._names.items() if self._differ({p: gradient_of(p)})}
         known = [self._copies[p] if self._copying else self._marks[p].some for p in changed if p in self._marks]
-        finite = all(bool(gradient.isfinite().all()) for gradient in known)
-        if processes.any(not finite) if processes.sharded else not finite:  # it may be in another's piece
+        if anywhere(not all(bool(gradient.isfinite().all()) for gradient in known)):
             return True
         if changed:
             some = ", ".join(list(changed.values())[:4]) + (", ..." if len(changed) > 4 else "")

@@ -47,6 +47,7 @@ class Report:
     examples: int
     loss: float | None  # of all: the mean, as of gradients
     finite: bool
+    books: str = ""  # by what they are kept
 
 
 class Processes:
@@ -202,6 +203,13 @@ class Processes:
         for m in self._cut:
             m.reshard()
 
+    def abandon(self) -> None:
+        """Have fully_shard forget a forward pass that failed on its way (from torch 2.13 on)."""
+        for m in self._cut:
+            forget = getattr(m, "reset_iter_state", None)
+            if forget is not None and m._get_fsdp_state()._is_root:
+                forget()
+
     # what the processes tell one another
 
     def meet(self, what: str) -> None:
@@ -213,8 +221,7 @@ class Processes:
         if self.size == 1:
             return
         self._open()
-        mark = int.from_bytes(hashlib.sha256(what.encode()).digest()[:6], "big")  # exact as a float64
-        marks = self._numbers([float(mark)])
+        marks = self._numbers([_mark(what)])
         others = [r for r, its in enumerate(marks) if its != marks[0]]
         if others:
             raise InrunError(
@@ -227,12 +234,13 @@ class Processes:
         """How a step stands with all processes.
 
         Raises:
-            ProcessError: another process is at another step, or has gone.
+            ProcessError: another process is at another step, or has gone. InrunError: it keeps other books, which
+                cannot be added to these.
         """
         if self.size == 1:
             return mine
         loss = math.nan if mine.loss is None else mine.loss
-        rows = self._numbers([float(self.step), float(mine.examples), loss, float(mine.finite)])
+        rows = self._numbers([float(self.step), float(mine.examples), loss, float(mine.finite), _mark(mine.books)])
         elsewhere = {r: int(row[0]) for r, row in enumerate(rows) if row[0] != self.step}
         if elsewhere:
             raise ProcessError(
@@ -240,9 +248,17 @@ class Processes:
                 + ", ".join(f"process {r} at step {at}" for r, at in elsewhere.items())
                 + ": every process must load the same checkpoint, and they must step together."
             )
+        others = [r for r, row in enumerate(rows) if row[4] != rows[0][4]]
+        if others:
+            raise InrunError(
+                f"step {self.step}: process {_listed(others)} values the parameters by other modules than process 0, "
+                f"which cannot be added up (this is process {self.rank}): its batches are of another structure (an "
+                "input that only some have), in which the model uses a parameter otherwise. Give all processes inputs "
+                "of one structure, or freeze what is used in both ways (requires_grad_(False))."
+            )
         losses = [row[2] for row in rows]
         mean = None if any(map(math.isnan, losses)) else sum(losses) / self.size
-        return Report(sum(int(row[1]) for row in rows), mean, all(row[3] for row in rows))
+        return Report(sum(int(row[1]) for row in rows), mean, all(row[3] for row in rows), mine.books)
 
     def any(self, here: bool) -> bool:
         """Whether it is so on any process."""
@@ -429,6 +445,11 @@ def _buckets(wanted: Sequence[tuple[int, int]], like: Sequence[Tensor]) -> Itera
 
 def _kind(x: Tensor) -> tuple[torch.dtype, torch.device]:
     return x.dtype, x.device
+
+
+def _mark(what: str) -> float:
+    """A number for a text."""
+    return float(int.from_bytes(hashlib.sha256(what.encode()).digest()[:6], "big"))  # exact as a float64
 
 
 def _listed(ranks: Sequence[int]) -> str:

@@ -44,10 +44,23 @@ class Probe:
             found, problems = self._rows(inputs, carrying, order, None if self._model.training else reads)
             if not problems:
                 found, problems = self._expandable(inputs, order, found)
+            if problems and self._processes.sharded:  # what else could be their unit cannot be told: nothing is read
+                raise _not_lifted(next(iter(problems.values())))
             if not problems and self._model.training:
                 found = self._trained(inputs, examples, found, reads)
             if not self._units.settle(reads, problems):
+                self._check_valued()
                 return found
+
+    def _check_valued(self) -> None:
+        """Raise InrunError if weights that are sharded are not where their modules had them."""
+        lost = [name for p, name in self._units.trained.items() if p not in self._units.group_of]
+        if self._processes.sharded and lost:
+            raise InrunError(
+                f"{', '.join(lost[:4])}{', ...' if len(lost) > 4 else ''}: sharded weights that cannot be valued, as "
+                "the model could not be run to find out whose rows are whose. Update torch, or freeze them "
+                "(requires_grad_(False))."
+            )
 
     def finish(self, inputs: Inputs, examples: int) -> None:
         """Run the model with the others as long as one of them has something to find, where it takes all of them."""
@@ -203,6 +216,7 @@ class Probe:
         except InrunError:
             raise
         except Exception as error:
+            self._processes.abandon()
             raise InrunError(
                 f"the model could not be run on {len(order)} examples to find out whose rows are whose "
                 f"({type(error).__name__}: {error}). Of its inputs of shape {inputs.shapes()}, those with one entry "
@@ -224,3 +238,9 @@ class Probe:
                         f"({inside[0] + ' is run again' if inside else 'for the target'}). Do it outside of the "
                         "forward, after optimizer.step(), or only in training mode."
                     )
+
+
+def _not_lifted(problem: InrunError) -> InrunError:
+    return InrunError(
+        f"{problem} (Without fully_shard, as in DistributedDataParallel, it would be valued by a module around it.)"
+    )

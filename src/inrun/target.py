@@ -1,5 +1,6 @@
 """A target: a named validation set whose loss the values are about."""
 
+import hashlib
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,10 +13,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from inrun.errors import InrunError, NonFiniteError
+from inrun.gradient import sample
 from inrun.parallel import Processes, gradient_of
 from inrun.state import State, preserved_random_state
 from inrun.tangent.generic import plain_kernels
-from inrun.trees import held
+from inrun.trees import held, tensors
 
 DOUBLE_BACKWARD = "attention and recurrent layers by their plain (math) kernels"
 Loss = Callable[[nn.Module, Any], Tensor]
@@ -107,6 +109,11 @@ class Target:
             raise InrunError(f"target {name!r} has {len(self.batches)} batch(es), and target_batches={each} use more.")
         self.evaluation, self.each = evaluation, each
         self._loss, self._every = loss, every
+
+    def mark(self) -> str:
+        """A few letters that tell its batches from others, by some numbers of every tensor."""
+        held = [(x.shape, x.dtype, sample(x).tolist()) for batch in self.batches for x in tensors(batch)]
+        return hashlib.sha256(str(held).encode()).hexdigest()[:8]
 
     def _place(self, step: int, k: int) -> int:
         return (step // self._every * self.each + k) % len(self.batches)

@@ -99,10 +99,13 @@ def trained_parameters(model: nn.Module, optimizers: Sequence[Optimizer]) -> dic
 
 
 class Units:
-    """The units of a model. `all` and `groups` change as `settle` learns how the model uses its parameters."""
+    """The units of a model. `all` and `groups` change as `settle` learns how the model uses its parameters.
+
+    `trained` are the parameters that are valued, with their names in the model.
+    """
 
     def __init__(self, model: nn.Module, trained: Mapping[nn.Parameter, str]) -> None:
-        self._model, self._trained = model, trained
+        self._model, self.trained = model, trained
         self._owners: dict[nn.Parameter, list[nn.Module]] = {p: [] for p in trained}
         for module in model.modules():
             for p in {p for p in module._parameters.values() if p is not None and p in trained}:
@@ -134,7 +137,7 @@ class Units:
                 self._give_up(unit.module, p, problem)
                 changed[p] = None
         for p, stacks in reads.items():
-            if p in self._trained and self._settle(p, list(stacks)):
+            if p in self.trained and self._settle(p, list(stacks)):
                 changed[p] = None
         if changed:
             self._rebuild()
@@ -142,7 +145,7 @@ class Units:
 
     def trains(self, p: nn.Parameter) -> bool:
         """Whether an optimizer moves the parameter."""
-        return p in self._trained
+        return p in self.trained
 
     def joined(self, once: Iterable[Unit]) -> tuple[list[Group], dict[nn.Parameter, int]]:
         """The groups, and the group of every parameter, with units that were some `once`, since which others were
@@ -190,7 +193,7 @@ class Units:
             reasons[0]
             if reasons
             else InrunError(
-                f"{self._trained[p]} is used where no module that holds it is being called, so that its use cannot be "
+                f"{self.trained[p]} is used where no module that holds it is being called, so that its use cannot be "
                 "seen. Use it in the forward of the model that the Attributor is given, or freeze it "
                 "(requires_grad_(False))."
             )
@@ -206,7 +209,7 @@ class Units:
             # each place once: functional_call leaves its own in a place that it is given by two names
             places = ((path, n, p) for path, m in module.named_modules() for n, p in m._parameters.items())
             self._inside[module] = {
-                f"{path}.{n}" if path else n: p for path, n, p in places if p is not None and p in self._trained
+                f"{path}.{n}" if path else n: p for path, n, p in places if p is not None and p in self.trained
             }
         return self._inside[module]
 
@@ -218,7 +221,7 @@ class Units:
             mine = {
                 n: p
                 for n, p in module._parameters.items()
-                if p is not None and p in self._trained and (module, p) not in self._given_up
+                if p is not None and p in self.trained and (module, p) not in self._given_up
             }
             if lifted:
                 mine |= {n: p for n, p in self._names_in(module).items() if p in lifted}

@@ -56,13 +56,17 @@ def test_the_others_say_which_process_has_gone(wrap: str, where: str, rank: int,
 
 
 def test_processes_that_differ_are_told(tmp_path: Path) -> None:
-    run = Run(str(tmp_path / "run"), 2, steps=2, patience=15)
-    for one in alone_together([[run], [replace(run, audit_every=3)]], tmp_path):
-        assert one.returncode == 1
-        assert "process 1 was given another model, other targets or settings than process 0" in one.stderr
+    runs = [Run(str(tmp_path / name), 2, steps=2, patience=15, refused=True) for name in ("settings", "targets")]
+    others = [replace(runs[0], audit_every=3), replace(runs[1], others_seed=1)]
+    for one in alone_together([runs, others], tmp_path):
+        assert one.returncode == 0, one.stderr
+    for name in ("settings", "targets"):
+        for rank in range(2):
+            said = (tmp_path / f"REFUSED-{name}-{rank}.txt").read_text()
+            assert said.startswith("process 1 was given another model, other targets or settings than process 0")
 
 
-def test_a_gradient_that_is_not_finite_on_one_is_all_processes_business(tmp_path: Path) -> None:
+def test_what_is_found_by_one_is_all_processes_business(tmp_path: Path) -> None:
     run = Run(
         str(tmp_path / "run"),
         2,
@@ -73,6 +77,18 @@ def test_a_gradient_that_is_not_finite_on_one_is_all_processes_business(tmp_path
         optimizer="sgd",
         settings={"nonfinite": "skip"},
     )
-    for one in alone_together([[run], [run]], tmp_path):
+    scaled = Run(str(tmp_path / "scaled"), 2, wrap="fsdp", case="mlp", optimizer="sgd", steps=3, overflow=2)
+    branching = Run(str(tmp_path / "branching"), 2, case="branching", refused=True)
+    unexpandable = Run(str(tmp_path / "unexpandable"), 2, wrap="fsdp", case="unexpandable", refused=True)
+    runs = [run, scaled, branching, unexpandable]
+    for one in alone_together([runs, runs], tmp_path):
         assert one.returncode == 0, one.stderr
     assert Ledger(tmp_path / "run").steps("t1")["skipped"].to_list() == [False, True, False]
+    assert len(Ledger(tmp_path / "scaled").steps("t1")) == 2  # the scaler left one out, on every process
+    # what processes would sum up otherwise, or what sharded weights leave nobody to value, is refused on all of them
+    for rank in range(2):
+        said = (tmp_path / f"REFUSED-branching-{rank}.txt").read_text()
+        assert "step 1: process 1 values the parameters by other modules than process 0" in said
+        said = (tmp_path / f"REFUSED-unexpandable-{rank}.txt").read_text()
+        assert "shared: the output has no example dimension" in said
+        assert "Without fully_shard, as in DistributedDataParallel" in said

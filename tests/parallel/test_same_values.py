@@ -52,6 +52,13 @@ ONLY: dict[str, dict[str, tuple[dict[str, Any], float]]] = {
     "fsdp": {
         "summed": ({"summed": True, "targets": [1, 3], "settings": {"target_batches": 1}}, EXACT),
         "replicas": ({"replicas": True, "clip": 0.05}, EXACT),
+        "looked-at": ({"looks": True, "steps": 2}, EXACT),
+        "looked-at-refresh": (
+            {"looks": True, "case": "repeated", "settings": {"scheme": "first", "refresh": 3}},
+            EXACT,
+        ),
+        "kept-whole": ({"kept_whole": True, "case": "repeated"}, EXACT),
+        "mixed-lstm": ({"dtype": "float32", "mixed": True, "optimizer": "sgd", "steps": 2, "case": "lstm"}, 0.02),
         # bfloat16 in the forward, on one process as on several; and without
         "mixed": ({"dtype": "float32", "mixed": True, "optimizer": "sgd", "steps": 2}, 0.02),
         "unmixed": ({"dtype": "float32", "optimizer": "sgd", "steps": 2}, SINGLE),

@@ -10,7 +10,8 @@ import json
 import os
 import sys
 import time
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -33,7 +34,50 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import inrun
-from tests.models import CASES
+from tests.models import CASES, VOCABULARY, Case, token_losses, tokens
+
+
+class Branching(nn.Module):
+    """With a second input, it reads a layer's weight without calling the layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.layer = nn.Embedding(VOCABULARY, 8), nn.Linear(8, 8)
+        self.head = nn.Linear(8, VOCABULARY)
+
+    def forward(self, tokens_BT: Tensor, scale_BT: Tensor | None = None) -> Tensor:
+        x = self.embedding(tokens_BT)
+        y = self.layer(x)
+        if scale_BT is not None:
+            y = y + nn.functional.linear(x, self.layer.weight) * scale_BT[..., None]
+        return torch.as_tensor(self.head(torch.tanh(y)))
+
+
+class Unexpandable(nn.Module):
+    """An embedding that all examples share, in a way that leaves no room for an example dimension."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.shared = nn.Embedding(VOCABULARY, 8), nn.Embedding(1, 8)
+        self.head = nn.Linear(8, VOCABULARY)
+
+    def forward(self, tokens_BT: Tensor) -> Tensor:
+        shared_TD = self.shared(torch.zeros(1, dtype=torch.long)).expand(tokens_BT.shape[1], 8)
+        return torch.as_tensor(self.head(torch.tanh(self.embedding(tokens_BT) + shared_TD)))
+
+
+def branching_losses(model: nn.Module, batch: Tensor) -> Tensor:
+    """Of batches of eight tokens with the second input, of others without it."""
+    inputs = batch[:, :-1]
+    scale = [torch.ones(inputs.shape)] if batch.shape[1] == 8 else []
+    return nn.functional.cross_entropy(model(inputs, *scale).transpose(1, 2), batch[:, 1:], reduction="none").mean(1)
+
+
+REFUSED = {
+    "branching": Case(Branching, lambda n, seed: tokens(n, seed, 7 + seed % 2), branching_losses),
+    "unexpandable": Case(Unexpandable, tokens, token_losses),
+}
+CASES = {**CASES, **REFUSED}
 
 OPTIMIZERS: dict[str, Any] = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW, "muon": torch.optim.Muon}
 
@@ -63,6 +107,7 @@ class Run:
     settings: dict[str, Any] | None = None  # of the Attributor
     targets: tuple[int, ...] = (1, 2)  # batches of each
     audit_every: int = 2
+    others_seed: int = 0  # of the targets' batches
     keep: int = 0  # the step after which a checkpoint is written
     checkpoint: str = ""  # the one to begin with
     stop: int = 0  # the step at which a process ends or hangs
@@ -70,6 +115,10 @@ class Run:
     stop_where: str = "backward"  # before its forward and backward; or "step": after them; or "hang"
     patience: float = 300.0  # seconds that processes wait for one another
     poison: int = 0  # the step in which one number of the last rank's gradient is not finite
+    overflow: int = 0  # the step that a gradient scaler leaves out, for what the first rank holds of a gradient
+    looks: bool = False  # runs the model without gradients between backward and step
+    kept_whole: bool = False  # weights stay whole after a forward, those of all children
+    refused: bool = False  # what it is refused with goes to a file
 
     def sizes(self, step: int) -> list[int]:
         return [self.batch - (self.uneven and step == self.steps) * min(r, self.batch - 1) for r in range(self.ranks)]
@@ -87,8 +136,9 @@ def wrapped(run: Run, model: nn.Module) -> nn.Module:
         else init_device_mesh("cpu", (size,))
     )
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16) if run.mixed else MixedPrecisionPolicy()
-    for block in model.get_submodule("h").children() if run.case.startswith("gpt") else []:
-        fully_shard(block, mesh=mesh, mp_policy=policy)
+    children = model.get_submodule("h").children() if run.case.startswith("gpt") else []
+    for block in model.children() if run.kept_whole else children:
+        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=not run.kept_whole)
     fully_shard(model, mesh=mesh, mp_policy=policy)
     for m in model.modules():
         if run.summed and isinstance(m, FSDPModule):
@@ -116,7 +166,7 @@ def train(run: Run) -> None:
         optimizers = [OPTIMIZERS[run.optimizer](inner.parameters(), lr=run.rate)]
         if run.optimizer == "adamw":
             optimizers[0].param_groups[0]["eps"] = 1e-3
-    targets = {f"t{n}": [case.batch(3, 90 + 10 * n + k) for k in range(n)] for n in run.targets}
+    targets = {f"t{n}": [case.batch(3, 90 + run.others_seed + 10 * n + k) for k in range(n)] for n in run.targets}
     first = 1
     attributor = inrun.Attributor(
         model, optimizers, targets, case.loss, ledger=run.folder, resume=bool(run.checkpoint),
@@ -127,6 +177,7 @@ def train(run: Run) -> None:
     if run.checkpoint:
         first = 1 + load(run, inner, optimizers[0], attributor)
     weights = get_model_state_dict(inner, options=WHOLE) if run.poison else {}
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0, enabled=run.overflow > 0)
     for step in range(first, run.steps + 1):
         leaving = step == run.stop and rank == run.stop_rank
         if leaving and run.stop_where == "backward":
@@ -145,8 +196,9 @@ def train(run: Run) -> None:
                     ids, batch = microbatch(run, step, k, r)
                     share = run.accumulation * (run.ranks if alone or run.summed else 1)
                     with attributor.batch(ids) if run.attached else nullcontext() as block:
-                        loss = case.loss(model, batch) / share
-                        loss.backward()
+                        with overflowing(inner) if step == run.overflow else nullcontext():
+                            loss = case.loss(model, batch) / share
+                        scaler.scale(loss).backward()
                         if block is not None:
                             block.loss = loss.detach() * (run.ranks if run.summed and not alone else 1)
         if run.clip:
@@ -162,8 +214,12 @@ def train(run: Run) -> None:
             poisoned = next(inner.parameters()).grad
             assert isinstance(poisoned, DTensor)
             poisoned.to_local()[0, 0] = torch.nan
+        if run.looks:
+            with torch.no_grad():
+                case.loss(model, microbatch(run, step, 0, rank)[1])
         for optimizer in optimizers:
-            optimizer.step()
+            scaler.step(optimizer)
+        scaler.update()
         if step == run.poison:
             set_model_state_dict(inner, weights, options=WHOLE)
         for optimizer in optimizers:
@@ -180,6 +236,22 @@ def train(run: Run) -> None:
 
 
 WHOLE = StateDictOptions(full_state_dict=True)
+
+
+@contextmanager
+def overflowing(model: nn.Module) -> Iterator[None]:
+    """Of a forward inside the block, the first rows of the first layer's weight get a gradient that is not finite."""
+
+    def on(module: nn.Module, args: Any, output: Tensor) -> None:
+        if output.requires_grad:
+            first = torch.arange(output.shape[1]) == 0
+            output.register_hook(lambda g: torch.where(first, torch.inf, g))
+
+    handle = next(m for m in model.modules() if isinstance(m, nn.Linear)).register_forward_hook(on)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def save(run: Run, model: nn.Module, optimizer: Any, attributor: inrun.Attributor) -> None:
@@ -217,7 +289,13 @@ def main() -> None:
     runs = [Run(**one) for one in json.loads(Path(sys.argv[1]).read_text())]
     dist.init_process_group("gloo", timeout=timedelta(seconds=runs[0].patience))
     for run in runs:
-        train(run)
+        try:
+            train(run)
+        except inrun.InrunError as error:
+            if not run.refused:
+                raise
+            place = Path(run.folder).parent / f"REFUSED-{Path(run.folder).name}-{dist.get_rank()}.txt"
+            place.write_text(str(error))
     dist.destroy_process_group()
 
 

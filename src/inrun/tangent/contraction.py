@@ -185,6 +185,7 @@ def contract(
     for unit, of in calls.items():
         if of or processes.sharded:  # the others may have some
             _contract_unit(unit, of, directions, scales, group_of, module_of, found, processes)
+    processes.reshard()  # the modules inside a unit that was run again have gathered theirs, which are about to move
     found.summed(processes)
     return found
 
@@ -283,6 +284,9 @@ def _contract_again(
     call: Call, direction: Mapping[str, Tensor], batch: Captured, weights: Mapping[str, Tensor] | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """By forward mode, or where an operator has none by a double backward, or by one pull-back per example."""
+    if weights is not None:  # in the precision in which the call met them
+        own = dict(call.unit.module.named_parameters(remove_duplicate=False))
+        weights = {n: x.to(call.met_in.get(own[n], x.dtype)) for n, x in weights.items()}
     try:
         return _contract_tangent(call, direction, batch, partial(tangent, weights=weights))
     except NoForwardModeError:
