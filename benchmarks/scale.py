@@ -125,7 +125,8 @@ def sharded(model: Model, gpus: int, targets: int) -> Cost:
         operations=targets * model.operations(SEQUENCE),  # every process runs the one batch of each target
         memory=_streams(targets) * model.moved / gpus,
         network=targets * (_gathered(model) + HALF * model.moved) * others,
-        state=(2 + targets) * SINGLE * model.moved / gpus,  # displaced weights, chord, a gradient for every target
+        # displaced weights, chord, the gradient as backward made it, and one for every target
+        state=(3 + targets) * SINGLE * model.moved / gpus,
     )
 
 
@@ -137,7 +138,7 @@ def replicated(model: Model, gpus: int, targets: int, hows: Sequence[str] = ("fu
         operations=rounds * model.operations(SEQUENCE),
         memory=_streams(targets) * model.moved,
         network=targets * 2 * SINGLE * model.moved * others,
-        state=(2 + targets) * SINGLE * model.moved,
+        state=(3 + targets) * SINGLE * model.moved,
     )
 
 
