@@ -42,7 +42,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "compiled-eager": COMPILED | {"torch_compile_backend": "eager"},
     "bfloat16": BFLOAT16,
     "bfloat16-checkpointed": ACCUMULATED | BFLOAT16 | CHECKPOINTED,
-    "bfloat16-reentrant-compiled": ACCUMULATED | BFLOAT16 | REENTRANT | COMPILED,
+    "bfloat16-reentrant-compiled": ACCUMULATED | BFLOAT16 | REENTRANT | COMPILED | {"torch_compile_backend": "eager"},
 }
 
 
