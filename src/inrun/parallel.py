@@ -86,6 +86,11 @@ class Processes:
                 "torch.distributed.fsdp.fully_shard."
             )
         self._cut: list[Any] = [m for m in self.model.modules() if is_sharded(m)]
+        if self._cut and torch.__version__ < "2.13":
+            raise InrunError(
+                f"weights that fully_shard has cut can be valued from torch 2.13 on; this is {torch.__version__}: "
+                "update torch, or use DistributedDataParallel."
+            )
         self._groups = [group for m in self._cut for group in m._get_fsdp_state()._fsdp_param_groups]
         self.reshard()
         # the precision in which modules meet the whole of their sharded parameters

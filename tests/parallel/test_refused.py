@@ -143,6 +143,13 @@ def test_an_optimizer_in_the_backward_pass() -> None:
         attach(model)
 
 
+def test_an_older_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = sharded()
+    monkeypatch.setattr(torch, "__version__", "2.12.1")
+    with pytest.raises(InrunError, match=r"from torch 2\.13 on; this is 2\.12\.1"):
+        attach(model)
+
+
 def test_gradients_divided_in_two_ways() -> None:
     model = case.build()
     mesh = init_device_mesh("cpu", (2,))
