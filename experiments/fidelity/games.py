@@ -21,6 +21,7 @@ from experiments.fidelity.training import GPT, Run, Study, example_losses, loss,
 from inrun.direction import Direction, Scheme, scheme_of
 from inrun.game import Game
 from inrun.oracle import StepGame, monte_carlo_shapley, per_example_gradients
+from inrun.parallel import Processes
 from inrun.piece import Moves
 from inrun.target import Evaluation, Target, gradients
 from inrun.update import CoupledUpdate, Moved, update_of
@@ -220,7 +221,7 @@ def play(run: Run, study: Study, step: int, ids: Tensor, seed: int) -> dict[str,
     game = BatchedGame(run.model, run.optimizers, contributions, moves, run.target)
     shapley, error = game.shapley(study.permutations, 1000 * seed + step)
     played = time.perf_counter() - begun
-    target = Target("held-out", run.target, loss, Evaluation(run.model))
+    target = Target("held-out", run.target, loss, Evaluation(Processes(run.model, alone=True)))
     unit = _gradient_seconds(target, step, moves)
     drop = game.utility(frozenset(range(game.players)))
     schemes = {}

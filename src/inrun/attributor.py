@@ -93,7 +93,6 @@ class Attributor:
             part for every module that owns parameters, or patterns of parameters' names such as "*.attn.*", in a list
             or by the name of the part. A parameter belongs to the first that it matches, and to "other" if it matches
             none.
-
         within: on several processes, the DistributedDataParallel that holds the model, where it was wrapped around more
             than the model.
 
@@ -173,7 +172,7 @@ class Attributor:
         way = scheme_of(scheme, nodes, rule, tolerance, max_nodes, refresh, self._names, processes)
         self._units = units = Units(model, self._names)
         self._described = units.all
-        self._evaluation = evaluation = Evaluation(model, processes=processes)
+        self._evaluation = evaluation = Evaluation(processes)
         self._targets = [
             Target(name, batches, loss, evaluation, refresh, target_batches) for name, batches in targets.items()
         ]
@@ -181,8 +180,23 @@ class Attributor:
             found, _ = target.gradient_of(0, 0, list(self._names))  # what cannot be used is refused now, not in mid-run
             target.check_finite(found, 0)
         parts = parts_of(by_module, self._names, type(model).__name__)
-        self._settings = f"{scheme}, {nodes}, {rule}, {refresh}, {target_batches}, {kernel}, {audit_every}, {nonfinite}"
-        self._settings += f", {tolerance}, {max_nodes}, {token_values}, {by_module}, {batch_dim}"
+        settings = {
+            "scheme": scheme,
+            "nodes": nodes,
+            "rule": rule,
+            "momentum": momentum,
+            "kernel": kernel,
+            "audit_every": audit_every,
+            "audit_permutations": audit_permutations,
+            **({"refresh": refresh} if refresh != 1 else {}),
+            **({"target_batches": target_batches} if target_batches != 1 else {}),
+            **({"processes": processes.size} if processes.size != 1 else {}),
+            **({"token_values": True} if token_values else {}),
+            **({"modules": parts.names} if parts.names else {}),
+            **({"tolerance": tolerance, "max_nodes": max_nodes} if nodes == "adaptive" else {}),
+            **({"double_backward": DOUBLE_BACKWARD} if scheme == "second" else {}),
+        }
+        self._given = f"{settings}, {nonfinite}, {tolerance}, {max_nodes}, {by_module}, {batch_dim}"
         self._kernel, self._token_values = kernel, token_values
         self._room = free_memory() // 2 if memory == "auto" else memory
         folder = None if ledger is None else Path(ledger)
@@ -208,25 +222,7 @@ class Attributor:
         self._checks_left = _CHECKS
         self._ledger: LedgerWriter | None = None
         if ledger is not None:
-            run = describe(
-                self.optimizers,
-                units.all,
-                self._targets,
-                scheme=scheme,
-                nodes=nodes,
-                rule=rule,
-                momentum=momentum,
-                kernel=kernel,
-                audit_every=audit_every,
-                audit_permutations=audit_permutations,
-                **({"refresh": refresh} if refresh != 1 else {}),
-                **({"target_batches": target_batches} if target_batches != 1 else {}),
-                **({"processes": processes.size} if processes.size != 1 else {}),
-                **({"token_values": True} if token_values else {}),
-                **({"modules": parts.names} if parts.names else {}),
-                **({"tolerance": tolerance, "max_nodes": max_nodes} if nodes == "adaptive" else {}),
-                **({"double_backward": DOUBLE_BACKWARD} if scheme == "second" else {}),
-            )
+            run = describe(self.optimizers, units.all, self._targets, **settings)
             self._ledger = LedgerWriter(ledger, run, resume=resume, rank=processes.rank, ranks=processes.size)
         self._at_once = (
             scheme == "first"
@@ -348,16 +344,13 @@ class Attributor:
         """With the first batch, see that all processes were given the same."""
         self._processes.check()
         self._processes.step = self.step + 1
-        if self._met:
-            return
-        if self._processes.size == 1:
-            self._met = True
+        if self._met or self._processes.size == 1:
             return
         targets = ", ".join(
             f"{target.name}: {len(target.batches)} batches ({target.mark()})" for target in self._targets
         )
         self._processes.meet(
-            f"{len(self._names)} trained parameters, targets {targets}; settings {self._settings}, at step {self.step}"
+            f"{len(self._names)} trained parameters, targets {targets}; settings {self._given}, at step {self.step}"
         )
         self._met = True
 
@@ -622,7 +615,7 @@ class Attributor:
             return ""
         called = [call.unit for microbatch in self._pending for call in microbatch.captured.calls]
         groups, _ = self._units.joined(called)
-        units = dict.fromkeys([*self._units.all, *called]) if self._processes.sharded else ()  # gathered one by one
+        units = self._units.known(called) if self._processes.sharded else ()  # gathered one by one
         return str([sorted(self._names[p] for p in group.parameters) for group in groups] + [u.name for u in units])
 
     def _check_finite(self, moves: Mapping[nn.Parameter, Moved], waiting: "_Waiting") -> None:

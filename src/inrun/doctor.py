@@ -14,6 +14,7 @@ from torch.optim import SGD, Optimizer
 from inrun.attributor import Attributor
 from inrun.errors import InrunError, MixedExamplesWarning
 from inrun.kernels import Kernel
+from inrun.parallel import Processes
 from inrun.plan import NAMES, Plan
 from inrun.state import State, preserved_random_state
 from inrun.target import Evaluation, uncompiled
@@ -170,7 +171,7 @@ def _error(
     rate = 1e-3
     with _left_as_it_is(model), uncompiled():
         parts = losses(model, batch) / examples
-        with Evaluation(model)(), torch.enable_grad():
+        with Evaluation(Processes(model, alone=True))(), torch.enable_grad():
             target = torch.autograd.grad(losses(model, batch).mean(), trained, allow_unused=True)
         wanted = torch.zeros(examples, dtype=torch.float64)
         for i, part in enumerate(parts):

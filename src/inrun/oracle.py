@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from inrun.errors import InrunError
+from inrun.parallel import Processes
 from inrun.target import Evaluation, uncompiled
 
 Utility = Callable[[frozenset[int]], float]
@@ -69,7 +70,7 @@ class StepGame:
     ) -> None:
         self.model, self.target_loss = model, target_loss
         self._optimizer, self._contributions = optimizer, contributions
-        self._evaluation = Evaluation(model)
+        self._evaluation = Evaluation(Processes(model, alone=True))
         self._names = {p: name for name, p in model.named_parameters()}
         self.players = len(next(iter(contributions.values())))
         self._nothing = self.loss_after(frozenset())

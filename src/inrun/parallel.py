@@ -223,9 +223,6 @@ class Processes:
         Raises:
             InrunError: they differ.
         """
-        if self.size == 1:
-            return
-        self._open()
         marks = self._numbers([_mark(what)])
         others = [r for r, its in enumerate(marks) if its != marks[0]]
         if others:

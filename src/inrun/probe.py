@@ -30,8 +30,7 @@ class Probe:
 
     def __init__(self, processes: Processes, units: Units) -> None:
         self._model, self._units, self._processes = processes.model, units, processes
-        self._evaluation = Evaluation(processes.model, processes=processes)
-        self._as_it_is = Evaluation(processes.model, processes=processes, evaluate=False)
+        self._evaluation, self._as_it_is = Evaluation(processes), Evaluation(processes, evaluate=False)
 
     def find(self, inputs: Inputs, examples: int) -> Found:
         """The rows under this structure of inputs, with the units that the model's parameters have from now on.
@@ -232,7 +231,7 @@ class Probe:
         for name, p in self._model.named_parameters():
             if any(p is x for x in written):
                 inside = [unit.name for unit in again if any(p is x for x in unit.module.parameters())]
-                if inside or (not train and not self._units.trains(p)):
+                if inside or (not train and p not in self._units.trained):
                     raise InrunError(
                         f"{name}: the model's forward writes to this parameter, and must be run more often "
                         f"({inside[0] + ' is run again' if inside else 'for the target'}). Do it outside of the "

@@ -61,9 +61,8 @@ class Evaluation:
     Modes, random states, buffers and attributes (inrun.state).
     """
 
-    def __init__(self, model: nn.Module, *, evaluate: bool = True, processes: Processes | None = None) -> None:
-        self.processes = Processes(model, alone=True) if processes is None else processes
-        self.model = self.processes.model
+    def __init__(self, processes: Processes, *, evaluate: bool = True) -> None:
+        self.processes, self.model = processes, processes.model
         self.graphs = False  # are used, and made
         self.autocast: torch.dtype | None = None  # the precision that the training's forward is cast to
         self._evaluate = evaluate
@@ -213,11 +212,11 @@ def losses(targets: Sequence[Target], step: int) -> list[float]:
         return []
     found = torch.zeros(len(targets), dtype=torch.float64)
     processes = targets[0].evaluation.processes
-    for k, target in enumerate(targets):
-        if processes.sharded:
+    if processes.sharded:
+        for k, target in enumerate(targets):
             for j, weight in processes.together(target.each):
                 found[k] += processes.share * weight * target.loss_of(step, j)
-    if not processes.sharded:
+    else:
         for k, j in processes.mine(_work(targets)):
             found[k] += targets[k].loss_of(step, j) / targets[k].each
     return _summed(found, targets)

@@ -143,18 +143,18 @@ class Units:
             self._rebuild()
         return list(changed)
 
-    def trains(self, p: nn.Parameter) -> bool:
-        """Whether an optimizer moves the parameter."""
-        return p in self.trained
+    def known(self, once: Iterable[Unit]) -> list[Unit]:
+        """All units, and after them those that were some `once` and are no more."""
+        return list(dict.fromkeys([*self.all, *once]))
 
     def joined(self, once: Iterable[Unit]) -> tuple[list[Group], dict[nn.Parameter, int]]:
         """The groups, and the group of every parameter, with units that were some `once`, since which others were
         found.
         """
-        gone = [unit for unit in dict.fromkeys(once) if unit not in self.all]
-        if not gone:
+        units = self.known(once)
+        if len(units) == len(self.all):
             return self.groups, self.group_of
-        groups = groups_of([*self.all, *gone])
+        groups = groups_of(units)
         return groups, {p: k for k, group in enumerate(groups) for p in group.parameters}
 
     def _settle(self, p: nn.Parameter, stacks: Collection[Stack]) -> bool:

@@ -128,10 +128,19 @@ class Account:
         scales = received.scales(moves, None if paid_at_once else lambda: made_anew(pending))
         batches, directions = [microbatch.captured for microbatch in pending], list(found.values())
         paid = self._paid(batches, moves, scales)
-        groups, group_of = self._units.joined(call.unit for batch in batches for call in batch.calls)
-        units = list(dict.fromkeys([*self._units.all, *(call.unit for batch in batches for call in batch.calls)]))
+        called = [call.unit for batch in batches for call in batch.calls]
+        groups, group_of = self._units.joined(called)
         through = contract(
-            batches, directions, scales, paid, received, units, group_of, len(groups), self._parts.of, self._processes
+            batches,
+            directions,
+            scales,
+            paid,
+            received,
+            self._units.known(called),
+            group_of,
+            len(groups),
+            self._parts.of,
+            self._processes,
         )
         values = through.values.cpu()
         tokens = _in_one([block.tokens for block in through.blocks]) if self._token_values else None

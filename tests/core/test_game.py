@@ -18,6 +18,7 @@ from inrun import InrunError
 from inrun.game import Game, play, spearman
 from inrun.ledger.schema import STEPS_SCHEMA
 from inrun.oracle import StepGame, exact_shapley, monte_carlo_shapley, per_example_gradients
+from inrun.parallel import Processes
 from inrun.target import Evaluation, Target
 from inrun.update import Moved, update_of
 from tests.models import CASES, GPT, Case, token_losses, tokens
@@ -42,7 +43,7 @@ class Step:
             self.optimizer.step()
         self.optimizer.zero_grad()
         self.batches = [case.batch(3, 90 + k) for k in range(targets)]
-        evaluation = Evaluation(self.model)
+        evaluation = Evaluation(Processes(self.model, alone=True))
         self.targets = [Target(f"t{k}", batch, case.loss, evaluation) for k, batch in enumerate(self.batches)]
         self.names = {p: name for name, p in self.model.named_parameters()}
         self.g = per_example_gradients(self.model, case.parts(case.batch(players, 50), players))

@@ -34,6 +34,7 @@ from torch.optim import (
 from inrun import InrunError
 from inrun.direction import Path
 from inrun.oracle import StepGame, exact_shapley, per_example_gradients
+from inrun.parallel import Processes
 from inrun.target import Evaluation, Target
 from inrun.update import CoupledUpdate, Moved, check_move, supported_optimizers, update_of
 from tests.models import CASES
@@ -433,7 +434,7 @@ def error_in_a_game(kind: type[Optimizer], nodes: int, seed: int) -> float:
     moves = {p: Moved(p.detach(), g[name].sum(dim=0), optimizer.state[p], group, update) for p, name in names.items()}
     values = torch.zeros(6)
     found = Path(nodes, [(0.5, 1.0)]).directions(
-        [Target("t", [0], lambda m, _: target(m), Evaluation(model))], 0, moves
+        [Target("t", [0], lambda m, _: target(m), Evaluation(Processes(model, alone=True)))], 0, moves
     )
     for p in found["t"].vectors:
         values += (g[names[p]] * found["t"].q(p)).flatten(1).sum(dim=1)

@@ -1,9 +1,6 @@
 """The Accelerate example, against the plain loop over the batches that it saw."""
 
-import os
 import runpy
-import subprocess
-import sys
 from pathlib import Path
 
 import polars as pl
@@ -12,18 +9,15 @@ import torch
 from torch import nn
 
 from inrun import Attributor, Ledger
+from tests.examples.running import run
+from tests.parallel.runs import ROOT
 
-ROOT = Path(__file__).parents[2]
 EXAMPLE = "examples/accelerate_loop.py"
 
 
 def test_its_values_are_the_plain_loops(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, EXAMPLE, "--out", str(tmp_path / "run"), "--steps", "18"],
-        cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "shape: (10, 3)" in done.stdout
+    printed = run("accelerate_loop", "--out", str(tmp_path / "run"), "--steps", "18")
+    assert "shape: (10, 3)" in printed
     assert Ledger(tmp_path / "run").steps("held out")["examples"].to_list() == [32] * 18
     booked = pl.read_parquet(tmp_path / "run" / "values" / "*.parquet")
     example = runpy.run_path(str(ROOT / EXAMPLE))

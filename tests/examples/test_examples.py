@@ -1,9 +1,6 @@
 """Every example runs as its docstring says."""
 
-import os
 import runpy
-import subprocess
-import sys
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,18 +8,10 @@ from pathlib import Path
 import pytest
 
 from inrun import Ledger
+from tests.examples.running import run
+from tests.parallel.runs import ROOT
 
-ROOT = Path(__file__).parents[2]
 FINETUNE = str(ROOT / "examples" / "finetune_lora.py")
-
-
-def run(name: str, *arguments: str) -> str:
-    done = subprocess.run(
-        [sys.executable, f"examples/{name}.py", *arguments],
-        cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 @pytest.mark.parametrize(

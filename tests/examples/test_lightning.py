@@ -1,22 +1,14 @@
 """The Lightning example runs as its docstring says."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 from inrun import Ledger
-
-ROOT = Path(__file__).parents[2]
+from tests.examples.running import run
 
 
 def test_lightning_fit(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "examples/lightning_fit.py", "--out", str(tmp_path / "run"), "--steps", "16"],
-        cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "shape: (10, 3)" in done.stdout
+    printed = run("lightning_fit", "--out", str(tmp_path / "run"), "--steps", "16")
+    assert "shape: (10, 3)" in printed
     ledger = Ledger(tmp_path / "run" / "values")
     assert ledger.steps("held out").height == 16
     values: dict[str, list[float]] = {"right": [], "wrong": []}

@@ -16,7 +16,7 @@ from transformers import EarlyStoppingCallback, Trainer
 from inrun import InrunError, Ledger
 from inrun.integrations.transformers import attach
 from inrun.lm.tokens import Collate
-from tests.integrations.trainers import Texts, losses, trainer_of
+from tests.integrations.trainers import Texts, losses, same_weights, trainer_of
 
 pytestmark = [pytest.mark.filterwarnings("ignore::DeprecationWarning")]
 
@@ -132,10 +132,7 @@ def test_training_is_what_it_was_and_the_ledger_holds_what_was_fed(name: str, tm
     attach(trainer, {"t": Texts(4, seed=8)}, ledger=tmp_path / "run", kernel="tangent")
     trainer.train()
     assert losses(trainer) == losses(plain)
-    assert trainer.model is not None
-    assert plain.model is not None
-    for (parameter, p), q in zip(trainer.model.named_parameters(), plain.model.parameters(), strict=True):
-        assert torch.equal(p, q), parameter
+    same_weights(trainer, plain)
     booked = Ledger(tmp_path / "run").scan().collect()
     assert trainer.state.global_step == (4 if name == "the best at the end" else 6)
     assert {step: sorted(ids) for step, ids in given.items()} == {

@@ -11,7 +11,7 @@ from transformers import Trainer, TrainerCallback
 from inrun import Attributor, InrunError, Ledger
 from inrun.integrations.transformers import attach, last_checkpoint, model_loss
 from inrun.lm.tokens import Collate
-from tests.integrations.trainers import Texts, losses, trainer_of, without_dropout
+from tests.integrations.trainers import Texts, losses, same_weights, trainer_of, without_dropout
 from tests.models import hugging_face_gpt2
 
 
@@ -27,10 +27,7 @@ def test_training_is_bit_identical_and_every_example_is_valued(tmp_path: Path) -
     )
     trainer.train()
     assert losses(trainer) == losses(plain)
-    assert trainer.model is not None
-    assert plain.model is not None
-    for (name, p), q in zip(trainer.model.named_parameters(), plain.model.parameters(), strict=True):
-        assert torch.equal(p, q), name
+    same_weights(trainer, plain)
     assert set(vars(trainer)) == set(vars(plain))
     ledger = Ledger(tmp_path / "run")
     assert ledger.run["targets"].keys() == {"dataset", "batch"}

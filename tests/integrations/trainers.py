@@ -52,6 +52,14 @@ def losses(trainer: Trainer) -> list[float]:
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
+def same_weights(one: Trainer, other: Trainer) -> None:
+    """Bit for bit."""
+    assert one.model is not None
+    assert other.model is not None
+    for (name, p), q in zip(one.model.named_parameters(), other.model.parameters(), strict=True):
+        assert torch.equal(p, q), name
+
+
 def without_dropout(model: Any) -> PreTrainedModel:
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):

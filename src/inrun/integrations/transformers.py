@@ -196,7 +196,6 @@ class InrunCallback(TrainerCallback):
     def _begin(self, args: TrainingArguments, state: TrainerState) -> None:
         trainer = self._trainer
         optimizer = trainer.optimizer
-        optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper
         if not isinstance(optimizer, Optimizer):
             raise InrunError(f"the trainer's optimizer is a {type(optimizer).__name__}, not one of torch.optim.")
         resume = state.global_step > 0 if self._resume is None else self._resume
