@@ -111,8 +111,8 @@ def stamp(part: Part) -> list[int]:
 def forget(folder: Path) -> None:
     """Let no totals be used: before a part that they may cover is changed. What they take is freed by the next."""
     manifest = folder / TOTALS / MANIFEST
-    if manifest.exists():
-        manifest.unlink()
+    manifest.unlink(missing_ok=True)  # every process of a run that goes on cuts its own parts, at the same time
+    if manifest.parent.exists():
         sync_folder(manifest.parent)
 
 
