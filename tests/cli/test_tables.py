@@ -98,6 +98,33 @@ def test_by_json_has_a_row_per_group_and_target(folder: Path, capsys: pytest.Cap
     }
 
 
+def test_a_scheme_is_shown_with_its_name_and_what_its_values_are(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, horizon, value in (("replay", None, 3.0), ("replay-h10", 10, 2.0)):
+        run: dict[str, object] = {"scheme": "replay", "horizon": horizon, "targets": {"math": {}}}
+        with LedgerWriter(folder / "schemes" / name, run) as writer:
+            writer.book(1, ["a", "b"], {"math": np.array([-value, value])}, [{"target": "math"}])
+    for command in (["top", str(folder)], ["by", str(folder), "domain"]):
+        told = {}
+        for scheme in ("path", "replay", "replay-h10"):
+            assert main([*command, "--target", "math", "--scheme", scheme]) == 0
+            told[scheme] = " ".join(capsys.readouterr().out.split())
+        assert "; scheme path (in-run)" in told["path"]
+        assert "nats of target loss over the run; positive" in told["path"]
+        assert "; scheme replay " in told["replay"]
+        assert "nats of the target's loss at the end of the run, to first order; positive" in told["replay"]
+        assert "; scheme replay-h10" in told["replay-h10"]
+        assert "10 steps after each use, on average (a geometric horizon), to first order" in told["replay-h10"]
+    assert main(["top", str(folder), "--scheme", "replay", "--json", "-n", "1"]) == 0
+    (best,) = json.loads(capsys.readouterr().out)
+    assert (best["id"], best["value"], best["domain"]) == ("b", 3.0, "math")
+    for options, page in (([], "report.html"), (["--scheme", "replay-h10"], "report-replay-h10.html")):
+        assert main(["report", str(folder), *options]) == 0
+        assert capsys.readouterr().out == f"{folder / page}\n"
+        assert (folder / page).exists()
+
+
 def test_targets_beyond_the_width_go_to_a_further_table(tmp_path: Path) -> None:
     targets = [f"target-{i}" for i in range(7)]
     with LedgerWriter(tmp_path, {"targets": targets}) as writer:
@@ -120,6 +147,7 @@ def test_targets_beyond_the_width_go_to_a_further_table(tmp_path: Path) -> None:
         (["top", "RUN", "-n", "0"], ["0"]),
         (["by", "RUN", "colour"], ["colour", "domain"]),
         (["report", "RUN", "--group", "colour"], ["colour", "domain"]),
+        (["top", "RUN", "--scheme", "replay"], ["no scheme 'replay'", "path (in-run)", "inrun replay"]),
     ],
 )
 def test_what_a_user_can_mend_is_one_paragraph_and_status_1(

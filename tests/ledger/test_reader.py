@@ -163,7 +163,7 @@ def test_steps_are_in_order(run: tuple[Path, list[Row]]) -> None:
     assert ledger.steps("math")["loss"].to_list() == [3 - step / 40 for step in range(1, 41)]
 
 
-LATER = ["target_gradients", "game_error", "game_rmse", "game_spearman", "game_noise"]
+LATER = ["target_gradients", "game_error", "game_rmse", "game_spearman", "game_noise", "adjoint", "hessian_error"]
 
 
 def make_old(folder: Path) -> None:
@@ -195,7 +195,7 @@ def test_a_ledger_begun_without_a_column_is_resumed_with_it(run: tuple[Path, lis
     assert steps["step"].to_list() == list(range(1, cut + 2))
     assert steps["loss"].to_list() == [*(3 - step / 40 for step in range(1, cut + 1)), 1.5]
     assert steps["game_error"].to_list() == [None] * cut + [0.25]
-    assert steps.select(LATER).row(-1) == (3, 0.25, None, -1.0, None)
+    assert steps.select(LATER).row(-1) == (3, 0.25, None, -1.0, None, None, None)
 
 
 def test_targets_are_those_declared_then_those_booked(tmp_path: Path) -> None:

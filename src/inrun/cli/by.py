@@ -13,6 +13,7 @@ from tyro.conf import Positional, arg
 from inrun.cli.top import nats, output_console
 from inrun.ledger import Ledger
 from inrun.report import group_order, one_line
+from inrun.report.schemes import scheme_name, scheme_unit
 
 _LONGEST_NAME = 30
 _TARGET_WIDTH = 19  # of a target's two columns, with their borders, unless its name is longer
@@ -23,6 +24,7 @@ class By:
     """Print what each group of examples was worth to each target, and its share of examples below zero.
 
     Values are in nats of the target's loss, summed over the run; positive = helped, lowered the loss.
+    With --scheme of a replay, nats of its loss later: at the end of the run, to first order.
 
     Example: inrun by runs/demo domain --target math
     """
@@ -33,13 +35,15 @@ class By:
     """The column of the examples table to group by."""
     target: Annotated[str | None, arg(metavar="NAME")] = None
     """Only this target; by default every target."""
+    scheme: Annotated[str | None, arg(metavar="NAME")] = None
+    """Values of this scheme, such as replay or replay-h10; by default those of the run itself."""
     json: bool = False
     """Print JSON rows, one per group and target, instead of a table."""
 
 
 def run(config: By) -> int:
     """Print the table or the JSON rows."""
-    ledger = Ledger(config.run)
+    ledger = Ledger(config.run, config.scheme)
     if config.json:
         rows = ledger.by(config.column, config.target)
         if config.target is not None:
@@ -70,10 +74,10 @@ def print_by(ledger: Ledger, column: str, *, target: str | None = None, console:
     room = console.width - max([len(name) for name in [*names, column]], default=0) - 28
     for chunk in _chunks(targets, room):
         table = Table(
-            title=Text(f"value by {one_line(column, _LONGEST_NAME)} and target"),
+            title=Text(f"value by {one_line(column, _LONGEST_NAME)} and target; {scheme_name(ledger)}"),
             title_justify="left",
             caption=Text(
-                "nats of target loss over the run; positive = helped, lowered the loss; "
+                f"{scheme_unit(ledger)}; positive = helped, lowered the loss; "
                 "* = the target's best; <0 = share of examples with a value below zero"
             ),
             caption_justify="left",

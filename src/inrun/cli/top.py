@@ -12,6 +12,7 @@ from tyro.conf import Positional, arg
 
 from inrun.ledger import Ledger
 from inrun.report import group_columns, one_line, ranked, text_column
+from inrun.report.schemes import scheme_name, scheme_unit
 
 _PIPED_WIDTH = 120
 _LONGEST_CELL = 40
@@ -22,6 +23,7 @@ class Top:
     """Print the examples that helped a target most; with --worst, those that hurt it most.
 
     Values are in nats of the target's loss, summed over the run; positive = helped, lowered the loss.
+    With --scheme of a replay, nats of its loss later: at the end of the run, to first order.
 
     Example: inrun top runs/demo --target math -n 10 --worst
     """
@@ -30,6 +32,8 @@ class Top:
     """The run's folder, the one that holds run.json."""
     target: Annotated[str | None, arg(metavar="NAME")] = None
     """Value for this target; by default the sum over all targets."""
+    scheme: Annotated[str | None, arg(metavar="NAME")] = None
+    """Values of this scheme, such as replay or replay-h10; by default those of the run itself."""
     n: Annotated[int, arg(aliases=["-n"], metavar="N")] = 20
     """How many examples."""
     worst: bool = False
@@ -40,7 +44,7 @@ class Top:
 
 def run(config: Top) -> int:
     """Print the table or the JSON rows."""
-    ledger = Ledger(config.run)
+    ledger = Ledger(config.run, config.scheme)
     if config.json:
         print(ranked(ledger, config.n, config.target, worst=config.worst).write_json())
     else:
@@ -68,9 +72,9 @@ def print_top(
     which = "most harmful (or least helpful)" if worst else "most helpful"
     goal = f"target {target}" if target is not None else f"the sum of targets {', '.join(ledger.targets)}"
     table = Table(
-        title=Text(f"{len(rows)} {which} examples for {one_line(goal)}"),
+        title=Text(f"{len(rows)} {which} examples for {one_line(goal)}; {scheme_name(ledger)}"),
         title_justify="left",
-        caption=Text("nats of target loss over the run; positive = helped, lowered the loss"),
+        caption=Text(f"{scheme_unit(ledger)}; positive = helped, lowered the loss"),
         caption_justify="left",
         expand=preview is not None,
     )

@@ -37,6 +37,7 @@ from inrun.ledger.schema import (
     scan_steps,
     values_schema,
 )
+from inrun.ledger.schemes import list_schemes, scheme_folder
 from inrun.ledger.totals import Totals, compact, later_parts, to_stderr, usable
 
 # Bytes of parts from which on it pays to keep their totals: some 270 million values, that a query adds up in seconds.
@@ -60,17 +61,25 @@ _TAKEN = (
 
 
 class Ledger:
-    """The ledger in a folder. `run` is its run.json.
+    """The ledger in a folder, of the run's own scheme or of another (`schemes`) by its name: then every method answers
+    with that scheme's values, by the run's table of examples.
 
-    Raises LedgerError where there is no run.json or not a readable one. Every method raises LedgerError
-    naming the file where a part is corrupt, and one naming what there is where a target or column is unknown.
+    `run` is the scheme's run.json, `scheme` its name (None for the in-run one, by whichever name it was asked for),
+    `folder` where its rows are, `home` the run's folder.
+
+    Raises LedgerError where there is no run.json or not a readable one, or no such scheme. Every method raises
+    LedgerError naming the file where a part is corrupt, and one naming what there is where a target or column is
+    unknown.
     """
 
     run: dict[str, Any]
 
-    def __init__(self, folder: str | os.PathLike[str]) -> None:
-        self.folder = Path(folder)
-        self.run = read_run(self.folder)
+    def __init__(self, folder: str | os.PathLike[str], scheme: str | None = None) -> None:
+        self.home = self.folder = Path(folder)
+        self.run = read_run(self.home)
+        self.scheme: str | None = None
+        if scheme is not None and (place := scheme_folder(self.home, self.run, scheme)):
+            self.folder, self.scheme, self.run = place, scheme, read_run(place)
         # Parts whose columns were looked at, and the type of their ids.
         self._seen: dict[Path, type[pl.DataType]] = {}
 
@@ -81,6 +90,11 @@ class Ledger:
         booked = self._scan_steps() if list_parts(self.folder, STEPS) else self.scan()
         found = self._collect(booked.select(pl.col("target").unique().sort()))["target"]
         return list(dict.fromkeys([*declared, *found]))
+
+    @property
+    def schemes(self) -> list[str]:
+        """Names of the schemes that the run has values of beside its own, by horizon: the full replay is the last."""
+        return list_schemes(self.home)
 
     def scan(self) -> pl.LazyFrame:
         """Every use of an example, lazily: step, id, target, value."""
@@ -166,7 +180,7 @@ class Ledger:
 
         A column with the name of a ledger's own (value, count, target, ...) reads as example_NAME.
         """
-        path = self.folder / EXAMPLES
+        path = self.home / EXAMPLES
         if not path.exists():
             return None
         examples = scan(path)
@@ -328,13 +342,13 @@ class Ledger:
         examples = self._examples_to_join()
         if examples is None:
             raise LedgerError(
-                f"{self.folder}: the values cannot be grouped by {column!r} without an examples table; "
+                f"{self.home}: the values cannot be grouped by {column!r} without an examples table; "
                 "write one with inrun.write_examples(folder, frame): a column id and those to group by."
             )
         columns = [name for name in examples.collect_schema().names() if name != "id"]
         if column not in columns:
             raise LedgerError(
-                f"{self.folder}: the examples have no column {column!r} to group by; "
+                f"{self.home}: the examples have no column {column!r} to group by; "
                 f"there are: {', '.join(columns) or 'none'}."
             )
         return examples.select("id", column)
@@ -355,7 +369,7 @@ class Ledger:
         given = examples.collect_schema().get("id")
         if given != booked:
             raise LedgerError(
-                f"{self.folder / EXAMPLES}: its ids are {given}, but the run booked {booked}; "
+                f"{self.home / EXAMPLES}: its ids are {given}, but the run booked {booked}; "
                 "write it again with the ids as they were booked."
             )
         return examples
@@ -368,7 +382,7 @@ class Ledger:
 
     def _blame(self, error: BaseException) -> LedgerError:
         paths = [part.path for kind in KINDS for part in list_parts(self.folder, kind)]
-        return first_corrupt([*paths, self.folder / EXAMPLES]) or LedgerError(
+        return first_corrupt([*paths, self.home / EXAMPLES]) or LedgerError(
             f"{self.folder} could not be read ({error}). If its run is being resumed, read it again."
         )
 

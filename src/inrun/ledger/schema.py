@@ -7,6 +7,7 @@
     token_values/*.parquet  where values by token are: the rows of values/ with a list of one value per token
     examples.parquet   optional: id and the user's columns
     totals/            of large ledgers, made by who reads: what each example's values add up to (inrun.ledger.totals)
+    schemes/NAME/      of a run that was replayed: values of another scheme, laid out like this (inrun.ledger.schemes)
 
 A part is named FIRST-LAST-rRANK.parquet by its steps, so that names sort by step, and is only ever replaced
 whole.
@@ -56,6 +57,11 @@ STEPS_SCHEMA: dict[str, type[pl.DataType]] = {
     "game_rmse": pl.Float64,
     "game_spearman": pl.Float64,
     "game_noise": pl.Float64,
+    # of a replay: the norm of the adjoint of the weights after the step, which is what a change of theirs does to the
+    # target's loss later (nats per unit of weight)
+    "adjoint": pl.Float64,
+    # of a replay: the relative error of the step's Hessian-vector product, where it was measured
+    "hessian_error": pl.Float64,
 }
 
 # What polars raises on a file that it cannot read; some damage makes it panic.

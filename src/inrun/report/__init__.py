@@ -34,19 +34,24 @@ class ReportError(InrunError):
 
 
 def write_report(
-    folder: str | os.PathLike[str], out: str | os.PathLike[str] | None = None, *, group: str | None = None
+    folder: str | os.PathLike[str],
+    out: str | os.PathLike[str] | None = None,
+    *,
+    group: str | None = None,
+    scheme: str | None = None,
 ) -> Path:
     """Write one self-contained HTML page about the run in `folder` and return its path.
 
-    `out` is the page's file, `folder`/report.html by default; it is replaced whole or not at all.
+    `out` is the page's file, `folder`/report.html by default, `folder`/report-SCHEME.html for a scheme other
+    than the in-run one; it is replaced whole or not at all. `scheme` is whose values are shown, as for `inrun.Ledger`.
     `group` is the column of the examples table to group by: by default "domain", else "source", else the
     first text column of at most 50 distinct values; without any, the sections by group are left out.
-    Values on the page are in nats of a target's loss; positive = helped, lowered the target's loss.
-    Raises LedgerError for a folder, column or part that cannot be read, ReportError where the page cannot go.
+    Values on the page are in nats of a target's loss, which the page says more about; positive = helped, lowered it.
+    Raises LedgerError for a folder, scheme, column or part that cannot be read, ReportError where the page cannot go.
     """
     from inrun.report import page  # plotly and jinja2 are extras, loaded where they are used
 
-    return page.write_report(Path(folder), None if out is None else Path(out), group=group)
+    return page.write_report(Path(folder), None if out is None else Path(out), group=group, scheme=scheme)
 
 
 def group_columns(ledger: Ledger) -> list[str]:

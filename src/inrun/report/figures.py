@@ -12,6 +12,7 @@ import polars as pl
 from plotly.graph_objects import Bar, Figure, Heatmap, Scatter
 
 from inrun.report import group_order, one_line
+from inrun.report.schemes import EVERY, Comparison
 
 # Told apart by colour-blind readers, visible on white and on black.
 PALETTE = ("#3b82d0", "#e08e0b", "#0f9d76", "#c561a8", "#56b4e9", "#d9542b", "#9a7b2f", "#8a63d2")
@@ -21,6 +22,8 @@ MOST_POINTS = 600
 MOST_ROWS = 40
 MOST_LINES = len(PALETTE)
 _NONE = "(none)"
+
+HorizonRows = list[tuple[str | None, list[float | None]]]
 
 
 def label(name: object, length: int = 28) -> str:
@@ -61,12 +64,25 @@ def error_figure(steps: pl.DataFrame, targets: Sequence[str]) -> tuple[Figure, i
 
     `steps` has the ledger's columns step, target and game_error.
     """
+    return _logarithmic(steps, targets, "game_error", "relative error")
+
+
+def adjoint_figure(steps: pl.DataFrame, targets: Sequence[str]) -> tuple[Figure, int]:
+    """The norm of a replay's adjoint after each step, by target, on a logarithmic scale; and the number of steps that a
+    point is the mean of.
+
+    `steps` has the ledger's columns step, target and adjoint.
+    """
+    return _logarithmic(steps, targets, "adjoint", "adjoint's norm")
+
+
+def _logarithmic(steps: pl.DataFrame, targets: Sequence[str], column: str, what: str) -> tuple[Figure, int]:
     figure, widest = Figure(), 1
     for position, name in enumerate(targets):
-        curve = steps.filter((pl.col("target") == name) & (pl.col("game_error") > 0)).select("step", y="game_error")
-        window = _curve(figure, curve, label(name), _line(position), "step %{x:.0f}<br>relative error %{y:.3g}")
+        curve = steps.filter((pl.col("target") == name) & (pl.col(column) > 0)).select("step", y=column)
+        window = _curve(figure, curve, label(name), _line(position), f"step %{{x:.0f}}<br>{what} %{{y:.3g}}")
         widest = max(widest, window)
-    _finish(figure, x="training step", y="relative error (log scale)", height=260)
+    _finish(figure, x="training step", y=f"{what} (log scale)", height=260)
     return figure.update_yaxes(type="log"), widest
 
 
@@ -227,6 +243,59 @@ def timeline_figure(timeline: pl.DataFrame, column: str, targets: Sequence[str])
                     )
                 )
     return _finish(figure, x="training step", y="value (nats)", height=400), rest
+
+
+def horizon_figure(comparisons: Sequence[Comparison], labels: Sequence[str]) -> Figure:
+    """The total value by scheme, a line for each group and one for all examples; `labels` name the schemes.
+
+    Traces carry meta {target} for the page's switch; those of the first target are visible. Where there are more than
+    eight groups, all but the seven of the largest |value| are one line.
+    """
+    figure, names = Figure(), [label(name) for name in labels]
+    for comparison, rows in zip(comparisons, horizon_rows(comparisons), strict=True):
+        for position, (name, values) in enumerate(rows):
+            figure.add_trace(
+                Scatter(
+                    x=list(range(len(names))),  # positions: they stay apart where two schemes are labelled alike
+                    y=values,
+                    name=label(name),
+                    mode="lines+markers",
+                    marker={"size": 7},
+                    line={"color": ZERO, "width": 2, "dash": "dash"} if position == 0 else _line(position - 1),
+                    connectgaps=True,
+                    visible=comparison is comparisons[0],
+                    meta={"target": comparison.target},
+                    customdata=names,
+                    hovertemplate="%{customdata}<br>%{y:+.4g} nats",
+                )
+            )
+    _finish(figure, x="scheme, by how far it looks ahead", y="total value (nats)", height=380)
+    lines = [name.replace(" ", "<br>") for name in names]  # a telephone has room for a word
+    ticks = {"tickmode": "array", "tickvals": list(range(len(names))), "ticktext": lines}
+    figure.update_xaxes(range=[-0.25, len(names) - 0.75], **ticks)
+    return figure.update_yaxes(zeroline=True)
+
+
+def horizon_rows(comparisons: Sequence[Comparison]) -> list[HorizonRows]:
+    """Of each target its lines, with a value (nats, or None) by scheme: all examples; then the groups, the same for
+    each target, by |value| over all of them, the smallest of more than eight added up.
+    """
+    weights: dict[str | None, float] = {}
+    for comparison in comparisons:
+        for name, values in comparison.groups.items():
+            weights[name] = weights.get(name, 0.0) + sum(abs(value or 0.0) for value in values)
+    names = sorted(weights, key=lambda name: (-weights[name], str(name)))
+    kept = names if len(names) <= MOST_LINES else names[: MOST_LINES - 1]
+    found: list[HorizonRows] = []
+    for every, groups in ((of.every, of.groups) for of in comparisons):
+        nothing = [None if value is None else 0.0 for value in every]
+        rows: HorizonRows = [(EVERY, every), *((name, groups.get(name, nothing)) for name in kept)]
+        if rest := names[len(kept) :]:
+            columns = zip(nothing, *(groups.get(name, nothing) for name in rest), strict=True)
+            added = [None if column[0] is None else sum(value or 0.0 for value in column) for column in columns]
+            rows.append((f"{len(rest)} smaller groups", added))
+        found.append(rows)
+    return found
 
 
 def nats(value: float) -> str:

@@ -32,6 +32,7 @@ from inrun.report import (
     ranked,
     text_column,
 )
+from inrun.report.schemes import compare, scheme_label, scheme_meaning, scheme_name
 
 BEST = 10
 TEXT_LENGTH, TEXT_LINES = 360, 8
@@ -39,10 +40,10 @@ MOST_TOKENS = 256
 ALL = "all targets together"
 
 
-def write_report(folder: Path, out: Path | None, *, group: str | None) -> Path:
+def write_report(folder: Path, out: Path | None, *, group: str | None, scheme: str | None) -> Path:
     """See `inrun.report.write_report`."""
-    ledger = Ledger(folder)
-    out = out or folder / "report.html"
+    ledger = Ledger(folder, scheme)
+    out = out or folder / ("report.html" if ledger.scheme is None else f"report-{ledger.scheme}.html")
     if out.exists() and not out.is_file():  # a device would be replaced by the page
         raise ReportError(f"the report could not be written to {out}: it is there and not a plain file. Name another.")
     page = render(ledger, folder.resolve().name, group)
@@ -74,6 +75,8 @@ def render(ledger: Ledger, name: str, group: str | None = None) -> str:
     template = resources.files("inrun.report").joinpath("page.html.j2").read_text(encoding="utf-8")
     return environment.from_string(template).render(
         name=printable(name),
+        in_run=ledger.scheme is None,
+        scheme={"name": scheme_name(ledger), "meaning": scheme_meaning(ledger)},
         version=metadata.version("inrun"),
         plotly=get_plotlyjs(),
         facts=facts(ledger.run),
@@ -89,6 +92,8 @@ def render(ledger: Ledger, name: str, group: str | None = None) -> str:
         text=text_column(ledger),
         token_texts=has_token_texts(ledger),
         books=books(steps),
+        horizons=_horizons(ledger, chosen),
+        adjoint=_adjoint(steps, targets),
     )
 
 
@@ -199,6 +204,32 @@ def _by_group(ledger: Ledger, column: str | None, targets: list[str]) -> dict[st
         "heat_rows": rows.to_dicts(),
         "timeline": figures.timeline_figure(ledger.timeline(column), column, targets) if rows.height else None,
     }
+
+
+def _horizons(ledger: Ledger, column: str | None) -> dict[str, Any] | None:
+    """The run's schemes side by side; None where there is but the in-run one."""
+    names = ledger.schemes
+    if not names:
+        return None
+    ledgers = [Ledger(ledger.home), *(Ledger(ledger.home, name) for name in names)]
+    labels, comparisons = [scheme_label(one) for one in ledgers], compare(ledgers, column)
+    return {
+        "labels": labels,
+        "names": names,
+        "figure": figures.horizon_figure(comparisons, labels),
+        "targets": [
+            {"target": one.target, "rows": rows, "correlations": one.correlations}
+            for one, rows in zip(comparisons, figures.horizon_rows(comparisons), strict=True)
+        ],
+    }
+
+
+def _adjoint(steps: pl.DataFrame, targets: list[str]) -> dict[str, Any] | None:
+    """A replay's adjoint over the steps, and the row of the largest Hessian error; None of steps without an adjoint."""
+    figure, window = figures.adjoint_figure(steps, targets)
+    worst = steps.filter(pl.col("hessian_error").is_finite()).sort("hessian_error", descending=True).head(1)
+    error = worst.row(0, named=True) if worst.height else None
+    return {"figure": figure, "window": window, "error": error} if figure.data else None
 
 
 def _examples(ledger: Ledger, group: str | None, counts: Mapping[str, int]) -> list[dict[str, Any]]:
