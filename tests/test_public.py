@@ -16,8 +16,8 @@ README = Path(__file__).parents[1] / "README.md"
 def test_the_public_names_are_these_and_can_be_had() -> None:
     assert inrun.__all__ == [
         "Attributor", "ConservationError", "CoupledUpdate", "InrunError", "Ledger", "LedgerError",
-        "MixedExamplesWarning", "NonFiniteError", "Step", "Update", "audit", "oracle",
-        "register_update", "write_examples",
+        "MixedExamplesWarning", "NonFiniteError", "Recording", "RecordingError", "Step", "Update", "audit", "oracle",
+        "register_update", "replay", "write_examples",
     ]  # fmt: skip
     assert dir(inrun) == inrun.__all__
     for name in inrun.__all__:

@@ -9,6 +9,9 @@ if TYPE_CHECKING:
     from inrun.books import ConservationError
     from inrun.errors import InrunError, MixedExamplesWarning, NonFiniteError
     from inrun.ledger import Ledger, LedgerError, write_examples
+    from inrun.replaying.face import replay
+    from inrun.replaying.recording import Recording
+    from inrun.replaying.store import RecordingError
     from inrun.step import Step
     from inrun.update import CoupledUpdate, Update, register_update
 
@@ -21,11 +24,14 @@ __all__ = [
     "LedgerError",
     "MixedExamplesWarning",
     "NonFiniteError",
+    "Recording",
+    "RecordingError",
     "Step",
     "Update",
     "audit",
     "oracle",
     "register_update",
+    "replay",
     "write_examples",
 ]
 
@@ -33,10 +39,13 @@ __all__ = [
 _HOMES = {
     **dict.fromkeys(("Attributor", "audit"), "inrun.attributor"),
     "ConservationError": "inrun.books",
+    "Recording": "inrun.replaying.recording",
+    "RecordingError": "inrun.replaying.store",
     "Step": "inrun.step",
     **dict.fromkeys(("CoupledUpdate", "Update", "register_update"), "inrun.update"),
     **dict.fromkeys(("InrunError", "MixedExamplesWarning", "NonFiniteError"), "inrun.errors"),
     **dict.fromkeys(("Ledger", "LedgerError", "write_examples"), "inrun.ledger"),
+    "replay": "inrun.replaying.face",
 }
 
 

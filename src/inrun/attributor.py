@@ -40,6 +40,7 @@ from inrun.parallel import ProcessError, Processes, Report, gradient_of, is_piec
 from inrun.parts import parts_of
 from inrun.plan import Plan, plan_of
 from inrun.provenance import coverage, describe
+from inrun.replaying.recording import Recorder, Recording
 from inrun.scratch import Scratch, free_memory, gib
 from inrun.step import Microbatch, Step, as_ids
 from inrun.target import DOUBLE_BACKWARD, Evaluation, Loss, Target, saved_plainly
@@ -93,6 +94,10 @@ class Attributor:
             part for every module that owns parameters, or patterns of parameters' names such as "*.attn.*", in a list
             or by the name of the part. A parameter belongs to the first that it matches, and to "other" if it matches
             none.
+        replayable: keep what `inrun.replay` needs in the ledger's folder, to value the run's examples once more by its
+            end, for any target: batches, random states, checkpoints (docs/replay.md); `Recording(...)` says how many of
+            them, and what is done to gradients between backward and step. Units are then valued by the kernel
+            `tangent`, so that training is bit for bit what can be repeated.
         within: on several processes, the DistributedDataParallel that holds the model, where it was wrapped around more
             than the model.
 
@@ -132,6 +137,7 @@ class Attributor:
         batch_dim: int = 0,
         token_values: bool = False,
         by_module: bool | Sequence[str] | Mapping[str, str] = False,
+        replayable: bool | Recording = False,
         within: nn.Module | None = None,
     ) -> None:
         for name, chosen, known in (
@@ -149,7 +155,9 @@ class Attributor:
             raise InrunError(
                 f"kernel={kernel!r} has no values of tokens: only 'tangent' has (or 'auto', which takes it)."
             )
-        if token_values:
+        if replayable:
+            _check_replayable(ledger, kernel, nonfinite)
+        if token_values or replayable:
             kernel = "tangent"
         if memory != "auto" and (isinstance(memory, str) or memory < 0):
             raise InrunError(f"memory={memory!r}: give a number of bytes, or 'auto'.")
@@ -168,7 +176,7 @@ class Attributor:
         self._nonfinite, self._audit_every, self._permutations = nonfinite, audit_every, audit_permutations
         self._updates = {optimizer: update_of(optimizer) for optimizer in self.optimizers}
         self._names = trained_parameters(model, self.optimizers)
-        self._check_several(scheme, momentum, kernel, audit_permutations)
+        self._check_several(scheme, momentum, kernel, audit_permutations, bool(replayable))
         way = scheme_of(scheme, nodes, rule, tolerance, max_nodes, refresh, self._names, processes)
         self._units = units = Units(model, self._names)
         self._described = units.all
@@ -192,6 +200,7 @@ class Attributor:
             **({"target_batches": target_batches} if target_batches != 1 else {}),
             **({"processes": processes.size} if processes.size != 1 else {}),
             **({"token_values": True} if token_values else {}),
+            **({"replayable": True} if replayable else {}),
             **({"modules": parts.names} if parts.names else {}),
             **({"tolerance": tolerance, "max_nodes": max_nodes} if nodes == "adaptive" else {}),
             **({"double_backward": DOUBLE_BACKWARD} if scheme == "second" else {}),
@@ -215,15 +224,19 @@ class Attributor:
         self._open = False
         self._id_type: type[int] | type[str] | None = None
         self._waiting: _Waiting | None = None
-        self._noted = False
+        self._noted = self._closed = False
         self._problem: NonFiniteError | None = None
         self._weights: dict[nn.Parameter, Tensor] = {}  # as they were when gradients were taken ahead
         self._games: dict[str, Game] = {}
         self._checks_left = _CHECKS
         self._ledger: LedgerWriter | None = None
-        if ledger is not None:
+        self._recorder: Recorder | None = None
+        if folder is not None:
             run = describe(self.optimizers, units.all, self._targets, **settings)
-            self._ledger = LedgerWriter(ledger, run, resume=resume, rank=processes.rank, ranks=processes.size)
+            self._ledger = LedgerWriter(folder, run, resume=resume, rank=processes.rank, ranks=processes.size)
+            if replayable:
+                how = replayable if isinstance(replayable, Recording) else Recording()
+                self._recorder = Recorder(folder, how, model, self.optimizers, self._names, batch_dim, resume)
         self._at_once = (
             scheme == "first"
             and momentum == "account"
@@ -255,7 +268,7 @@ class Attributor:
         ]
 
     @contextmanager
-    def batch(self, ids: Any) -> Iterator[Microbatch]:
+    def batch(self, ids: Any, data: Any = None) -> Iterator[Microbatch]:
         """Mark the forward and backward passes of one batch; several of them before a step are gradient accumulation.
 
         Args:
@@ -264,6 +277,8 @@ class Attributor:
                 tensor, an array or a sequence of sequences. A document's value is then the sum of its tokens' values
                 (docs/parts.md), and `last.ids` are the documents, each once for this block. Tokens of no document have
                 -1, or None in a list; what went through them is nobody's, and unexplained in the books.
+            data: of a replayable run, what the batch's loss is made of, to be kept for `inrun.replay`: tensors,
+                numbers, strings, and lists, tuples and mappings of them. None: a replay makes it of the ids.
 
         Raises:
             InrunError: ids of another number than the batch's examples, or of other types; no backward pass in the
@@ -296,6 +311,8 @@ class Attributor:
             self._problem, self._weights = None, {}
             if self._refresh == 1:
                 self._account.forget()  # a block before this one may have failed, and the weights been loaded anew
+        if self._recorder is not None:
+            self._recorder.begin(self.step, first=not self._pending)
         examples = len(found) if packed is None else len(packed.documents)
         by_token = packed is not None or self._token_values
         captured = Captured(examples, Formed(examples, self._names, self._pool), packed=packed, by_token=by_token)
@@ -317,14 +334,20 @@ class Attributor:
             self._ledger.describe({"coverage": coverage(self._described)})
         if sum(m.captured.size() for m in (*self._pending, microbatch) if not m.captured.spilled) > self._room:
             self._spill(microbatch)
+        if self._recorder is not None:
+            self._recorder.add(ids, data, self._capture.autocast)
         self._pending.append(microbatch)
         self._received.keep()
 
-    def _check_several(self, scheme: str, momentum: str, kernel: str, audit_permutations: int) -> None:
+    def _check_several(
+        self, scheme: str, momentum: str, kernel: str, audit_permutations: int, replayable: bool
+    ) -> None:
         """Raise InrunError for settings that are for one process, or for weights that are whole."""
         processes = self._processes
         if processes.size > 1 and momentum == "credit":
             raise InrunError("momentum='credit' is for one process: on several use momentum='account'.")
+        if processes.size > 1 and replayable:
+            raise InrunError("replayable= is for one process: on several leave it out.")
         if processes.size > 1 and audit_permutations:
             raise InrunError("audit_permutations= plays a step's game on one process: on several leave it out.")
         if not processes.sharded:
@@ -428,6 +451,8 @@ class Attributor:
             microbatch.captured.release()
         self._pending, self._waiting, self._games = [], None, {}
         self._account.forget()
+        if self._recorder is not None:
+            self._recorder.discard()
 
     def _audit(self, permutations: int, seed: int) -> dict[str, Game]:
         if self._open or self._waiting is not None or not self._pending:
@@ -455,6 +480,8 @@ class Attributor:
         try:
             if self._ledger is not None:
                 self._ledger.flush()
+            if self._recorder is not None:
+                self._recorder.flush()
         except InrunError as refused:
             problem = refused
         elsewhere = self._processes.any(problem is not None)
@@ -483,6 +510,8 @@ class Attributor:
         self._account.load_state_dict(state)
         if self._ledger is not None:
             self._ledger.cut(self._account.first_waiting(self.step) - 1)
+        if self._recorder is not None:
+            self._recorder.cut(self.step)
 
     def detach(self) -> None:
         """Take every hook off the model and the optimizer; nothing of the attributor stays on them."""
@@ -496,7 +525,10 @@ class Attributor:
         self.detach()
         try:
             self._book(self._account.close())
+            if self._recorder is not None and not self._closed:
+                self._recorder.close()
         finally:
+            self._closed = True
             if self._ledger is not None:
                 self._ledger.close()
         if self._pending:
@@ -602,6 +634,8 @@ class Attributor:
             waiting.seen.clear()
             waiting.valued = Valued(Step(step, ids, {}, {}, told.loss, skipped=True))
             return waiting
+        if self._recorder is not None:
+            self._recorder.check_gradient(step, *self._received.norms(moves))
         waiting.valued.step = replace(waiting.valued.step, train_loss=told.loss)
         if audited or self._checks_left:
             self._checks_left = max(self._checks_left - 1, 0)
@@ -680,6 +714,8 @@ class Attributor:
         for name, game in self._games.items():
             valued.rows.setdefault(name, {}).update(game.row())
         self._games = {}
+        if self._recorder is not None:
+            self._recorder.step(valued.step.step, valued.step.train_loss)
         self._book(self._account.finished(valued, row))
 
     def _book(self, final: Sequence[Valued]) -> None:
@@ -699,6 +735,19 @@ class Attributor:
                     problems.append(problem)
         if problems:
             raise problems[0]
+
+
+def _check_replayable(ledger: object, kernel: str, nonfinite: str) -> None:
+    """Raise InrunError for settings under which steps cannot be repeated."""
+    if ledger is None:
+        raise InrunError("replayable= keeps what a replay needs in the ledger's folder: give ledger=.")
+    if kernel not in ("auto", "tangent"):
+        raise InrunError(
+            f"kernel={kernel!r} adds the examples' gradients up in an order of its own, in which a replay would not: "
+            "with replayable= use 'tangent', or 'auto', which takes it."
+        )
+    if nonfinite == "skip":
+        raise InrunError("nonfinite='skip' goes on through steps that nothing can be pulled back through: use 'stop'.")
 
 
 def _inner(optimizer: Optimizer) -> Optimizer:

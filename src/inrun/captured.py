@@ -38,6 +38,7 @@ class Call:
     spilled: bool = False
     late: bool = False  # its examples' gradients are formed at the step
     met_in: Mapping[Tensor, torch.dtype] = field(default_factory=dict)  # of sharded parameters
+    ended: bool = False  # what reaches its outputs now is of another backward pass
     times: tuple[Time | None, ...] = ()  # where the tokens stand in every output, if they are asked for
 
     @cached_property

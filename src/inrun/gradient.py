@@ -131,6 +131,18 @@ class Received:
             self.squares = found
         return found
 
+    def take(self, moves: Mapping[nn.Parameter, Moved]) -> None:
+        """The gradient that the optimizers receive is the one that was made."""
+        self._changed = False
+        self.made = {p: moved.gradient for p, moved in moves.items()}
+        self.squares = {p: square(gradient) for p, gradient in self.made.items()}
+
+    def norms(self, moves: Mapping[nn.Parameter, Moved]) -> tuple[float, float]:
+        """Of the gradient as made, and as received. To be called after `scales`."""
+        squares = [square(moved.gradient) for moved in moves.values()]
+        made = [x for p, x in self.squares.items() if p in moves]
+        return float(torch.stack(made).sum().sqrt()), float(torch.stack(squares).sum().sqrt())
+
     def scales(self, moves: Mapping[nn.Parameter, Moved], anew: Anew | None) -> dict[nn.Parameter, Tensor] | None:
         """Received gradient / made gradient by parameter, one number where it is that; None if nothing was changed.
 

@@ -84,6 +84,8 @@ def pay(unit: Unit, x: Tensor, rows: Rows, captured: Captured) -> Callable[[Tens
 
 def keep_gradient(call: Call, k: int) -> Callable[[Tensor], None]:
     def hook(gradient: Tensor) -> None:
+        if call.ended:
+            return
         kept = call.gradients[k]
         gradient = gradient.detach()
         call.gradients[k] = gradient if kept is None else kept + gradient

@@ -4,12 +4,14 @@
 * `StepGame`: the game of one step (design, 2.1), U(S) = L(w + D(0)) - L(w + D(sum of g_i, i in S)), played with the
   real optimizer and the real target loss.
 * `exact_shapley`, `monte_carlo_shapley`: the Shapley values of any game.
+* `replay_values`: what every use of an example did to a loss at the end of a run, by autograd through the whole run.
 """
 
 import copy
 import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +19,7 @@ from torch.optim import Optimizer
 
 from inrun.errors import InrunError
 from inrun.parallel import Processes
+from inrun.tangent.generic import plain_kernels
 from inrun.target import Evaluation, uncompiled
 
 Utility = Callable[[frozenset[int]], float]
@@ -150,3 +153,89 @@ def monte_carlo_shapley(utility: Utility, players: int, permutations: int, seed:
             after = utility(coalition)
             row[i], before = after - before, after
     return marginal.mean(dim=0), marginal.std(dim=0) / math.sqrt(permutations)
+
+
+def replay_values(
+    model: nn.Module,
+    optimizer: Optimizer,
+    steps: Sequence[Sequence[Callable[[nn.Module], Tensor]]],
+    target: Callable[[nn.Module], Tensor],
+    *,
+    clip_norm: float | None = None,
+    rates: Sequence[float] | None = None,
+) -> list[Tensor]:
+    """Minus the derivative of the target's loss after these steps by every example's weight in every step (design,
+    2.6), by autograd through the unrolled training, in which torch's own optimizer takes the steps.
+
+    Everything is kept in one graph: for a few steps of a small model, best in float64.
+
+    Args:
+        model, optimizer: as before the first step, with no state yet. Neither is changed.
+        steps: of every step its batches, losses(model) -> tensor [examples], whose sum is what backward() is called on.
+        target: target(model) -> scalar, evaluated in eval mode.
+        clip_norm: the norm that the gradient is clipped to. rates: the learning rate of every step.
+
+    Returns:
+        For every step a tensor [examples], of its batches one after another; positive = lowered the target's loss.
+    """
+    names = {p: name for name, p in model.named_parameters()}
+    now: dict[str, Tensor] = {name: p.detach().clone().requires_grad_() for p, name in names.items()}
+    states: dict[str, dict[str, Any]] = {}
+    weights: list[Tensor] = []
+    for k, batches in enumerate(steps):
+        losses = torch.cat([_with(model, now, losses) for losses in batches])
+        weights.append(torch.ones_like(losses, requires_grad=True))
+        made = torch.autograd.grad((losses * weights[-1]).sum(), list(now.values()), create_graph=True)
+        if clip_norm is not None:
+            norm = torch.stack([g.square().sum() for g in made]).sum().sqrt()
+            made = tuple(g * torch.clamp(clip_norm / (norm + 1e-6), max=1.0) for g in made)
+        after = {name: x.clone() for name, x in now.items()}
+        groups = []
+        for group in optimizer.param_groups:
+            rate = group["lr"] if rates is None else rates[k]
+            groups.append({**group, "params": [after[names[p]] for p in group["params"]], "lr": rate})
+        kind: Any = type(optimizer)
+        stepping: Optimizer = kind(groups, lr=0.0, differentiable=True)
+        for group in stepping.param_groups:
+            group |= {"differentiable": True, "foreach": False, "fused": None}
+            if k == 0 and group.get("dampening"):
+                group["dampening"] = 0.0  # torch does not dampen the gradient that starts the buffer
+        for (name, x), g in zip(after.items(), made, strict=True):
+            state = {key: one.clone() if isinstance(one, Tensor) else one for key, one in states.get(name, {}).items()}
+            if isinstance(optimizer, torch.optim.Adam):
+                # where no gradient came so far, the root has no derivative, and nothing moves
+                g = torch.where((g == 0) & (state.get("exp_avg_sq", torch.zeros_like(g)) == 0), 0.0, g)
+            x.retain_grad()
+            x.grad = g
+            stepping.state[x] = state
+            if isinstance(optimizer, torch.optim.SGD) and "momentum_buffer" not in stepping.state[x]:
+                stepping.state[x]["momentum_buffer"] = torch.zeros_like(x)  # torch would detach what starts it
+        stepping.step()
+        now, states = after, {name: stepping.state[x] for name, x in after.items()}
+    was = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        end = _with(model, now, target)
+    finally:
+        for module, training in was:
+            module.training = training
+    return [-found for found in torch.autograd.grad(end, weights)]
+
+
+class _Of(nn.Module):
+    """A function of a model, as a module."""
+
+    def __init__(self, model: nn.Module, function: Callable[[nn.Module], Tensor]) -> None:
+        super().__init__()
+        self.model, self._function = model, function
+
+    def forward(self) -> Tensor:
+        return self._function(self.model)
+
+
+def _with(model: nn.Module, weights: Mapping[str, Tensor], function: Callable[[nn.Module], Tensor]) -> Tensor:
+    """The function of the model with these weights."""
+    named = {f"model.{name}": x for name, x in weights.items()}
+    with plain_kernels():
+        found: Tensor = torch.func.functional_call(_Of(model, function), named, ())
+    return found

@@ -28,7 +28,15 @@ def describe(
             **({"rule": settings["rule"]} if settings["rule"] != "midpoint" else {}),
             **{
                 k: settings[k]
-                for k in ("refresh", "target_batches", "tolerance", "max_nodes", "modules", "token_values")
+                for k in (
+                    "refresh",
+                    "target_batches",
+                    "tolerance",
+                    "max_nodes",
+                    "modules",
+                    "token_values",
+                    "replayable",
+                )
                 if k in settings
             },
             "optimizer": kind,

@@ -24,7 +24,8 @@ class RandomState:
         self._module = module
         self._torch = torch.get_rng_state()
         self._devices = {d: torch.cuda.get_rng_state(d) for d in _devices(module)}
-        self._python, self._numpy = random.getstate(), np.random.get_state()
+        self._python = random.getstate()
+        self._numpy: Any = np.random.get_state()
 
     def restore(self) -> None:
         """Set them to this state."""
@@ -33,6 +34,33 @@ class RandomState:
             torch.cuda.set_rng_state(state, device)
         random.setstate(self._python)
         np.random.set_state(self._numpy)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The same as tensors, from which `of` makes it again."""
+        version, python, gauss = self._python
+        _, keys, *rest = self._numpy
+        return {
+            "torch": self._torch,
+            **{f"cuda:{device}": state for device, state in self._devices.items()},
+            "python": torch.tensor([version, *python], dtype=torch.int64),
+            "python_gauss": torch.tensor([] if gauss is None else [gauss], dtype=torch.float64),
+            "numpy": torch.tensor(np.asarray(keys, dtype=np.int64)),
+            "numpy_rest": torch.tensor([float(x) for x in rest], dtype=torch.float64),
+        }
+
+    @classmethod
+    def of(cls, module: nn.Module, tensors: Mapping[str, Tensor]) -> "RandomState":
+        """The state that `tensors` gave, for a module on the devices that are there now."""
+        found = cls(module)
+        found._torch = tensors["torch"]
+        found._devices = {int(k.partition(":")[2]): x for k, x in tensors.items() if k.startswith("cuda:")}
+        version, *python = tensors["python"].tolist()
+        gauss = tensors["python_gauss"].tolist()
+        found._python = version, tuple(python), gauss[0] if gauss else None
+        place, has_gauss, cached = tensors["numpy_rest"].tolist()
+        keys = tensors["numpy"].numpy().astype(np.uint32)
+        found._numpy = "MT19937", keys, int(place), int(has_gauss), cached
+        return found
 
     @contextmanager
     def replayed(self) -> Iterator[None]:

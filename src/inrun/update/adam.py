@@ -10,12 +10,12 @@ in which both differences have the factor G in closed form, so that nothing canc
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from inrun.update.base import Mix, Moved, Update, register_update
+from inrun.update.base import Back, Mix, Moved, Update, register_update
 
 
 @register_update(torch.optim.Adam, torch.optim.AdamW)
@@ -92,6 +92,36 @@ class AdamUpdate(Update):
             decay=step.pull,
             pull=step.lr * step.weight_decay * moved.weight if step.decoupled else None,
         )
+
+    def back(self, moved: Moved, weight: Tensor, state: Mapping[str, Tensor]) -> Back:
+        step = _Step(moved, decay=True)
+        g = step.gradient(1.0)
+        m, v = step.mean(g), step.square(g)
+        root = step.root(v)
+        # where v is zero after the step no gradient ever came: the root has no derivative there, and nothing to move
+        none = root == 0
+        by_mean = -step.rate / (root + step.eps)
+        by_square = by_mean * m / ((root + step.eps) * (-2 * step.bias2 * root))
+        by_mean, by_square = by_mean.masked_fill(none, 0.0), by_square.masked_fill(none, 0.0)
+        mean, square = weight * by_mean, weight * by_square
+        if "exp_avg" in state:
+            mean += state["exp_avg"]
+        before = {}
+        if step.floor is not None:
+            highest, above = square, v >= step.floor
+            if "max_exp_avg_sq" in state:
+                highest = highest + state["max_exp_avg_sq"]
+            square = highest.masked_fill(~above, 0.0)
+            before["max_exp_avg_sq"] = highest.masked_fill(above, 0.0)
+        if "exp_avg_sq" in state:
+            square = square + state["exp_avg_sq"]
+        before["exp_avg"], before["exp_avg_sq"] = step.beta1 * mean, step.beta2 * square
+        gradient = (1 - step.beta1) * mean + 2 * (1 - step.beta2) * g * square
+        gradient.masked_fill_(none, 0.0)
+        if step.weight_decay != 0:
+            fixed = (1 - step.lr * step.weight_decay) * weight
+            weight = fixed if step.decoupled else weight + step.weight_decay * gradient
+        return step.sign * gradient, weight, before
 
 
 def _share_above(floor: Tensor, low: Tensor, high: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 from inrun.errors import InrunError
 
 Pull = Callable[[Tensor], Tensor]
+Back = tuple[Tensor, Tensor, dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,22 @@ class Update(ABC):
     def mix(self, moved: Moved) -> Mix:
         """D(G) as a mix of all gradients so far, for momentum="credit"; an optimizer that has none leaves this out."""
         raise InrunError(f"{type(self).__name__}: its move is no linear mix of past gradients.")
+
+    def back(self, moved: Moved, weight: Tensor, state: Mapping[str, Tensor]) -> Back:
+        """The step's vector-Jacobian product (design, 2.6): from the derivatives of a loss by what the step leaves, to
+        those by what it found, each [targets, *shape], of numbers of float32 at least.
+
+        Args:
+            weight: by the weight after the step. state: by the tensors of the state after it, by their names; those
+                on which the loss does not depend may be left out.
+
+        Returns:
+            By the gradient, the weight and the state before the step. An optimizer that has none leaves this out.
+        """
+        raise InrunError(
+            f"{type(self).__name__}: a replay goes back through the steps of SGD, Adam and AdamW, and not of this "
+            "optimizer. To add it, give its Update the method `back` (docs/replay.md)."
+        )
 
     def pull_back(self, moved: Moved, a: float, b: float) -> tuple[Tensor, Pull]:
         """The way back over the piece [a, b] of the path, D(aG) - D(bG) = c * G, and a function of the target's

@@ -1,9 +1,11 @@
 """Stochastic gradient descent: an affine move, whose chord is the learning rate times a constant."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
-from inrun.update.base import Mix, Moved, Update, register_update
+from inrun.update.base import Back, Mix, Moved, Update, register_update
 
 
 @register_update(torch.optim.SGD)
@@ -49,3 +51,21 @@ class SGDUpdate(Update):
             decay=decay * moved.weight if decay != 0 else None,
             pull=None,
         )
+
+    def back(self, moved: Moved, weight: Tensor, state: Mapping[str, Tensor]) -> Back:
+        group, momentum = moved.group, moved.group["momentum"]
+        move = -float(group["lr"]) * weight
+        gradient, before = move, {}
+        if momentum != 0:
+            first = moved.state.get("momentum_buffer") is None
+            buffer = move * momentum if group["nesterov"] else move
+            if "momentum_buffer" in state:
+                buffer = buffer + state["momentum_buffer"]
+            gradient = buffer * (1.0 if first else 1 - group["dampening"])
+            if group["nesterov"]:
+                gradient = gradient + move
+            if not first:
+                before["momentum_buffer"] = momentum * buffer
+        if group["weight_decay"] != 0:
+            weight = weight + group["weight_decay"] * gradient
+        return -gradient if group["maximize"] else gradient, weight, before

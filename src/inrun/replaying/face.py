@@ -1,0 +1,165 @@
+"""`inrun.replay`: what every use of an example did to a target's loss at the end of the run."""
+
+import math
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import nn
+from torch.optim import Optimizer
+
+from inrun.errors import InrunError
+from inrun.ledger import Ledger
+from inrun.parallel import Processes
+from inrun.replaying.book import Walk, place_of_scheme, replayed, scheme_name
+from inrun.replaying.passes import Hessian, Passes
+from inrun.replaying.record import BatchOf, Record
+from inrun.replaying.store import RecordingError
+from inrun.replaying.trajectory import TrainLoss, Trajectory
+from inrun.replaying.walk import Backwards, Progress
+from inrun.scratch import free_memory
+from inrun.state import preserved_random_state
+from inrun.target import Evaluation, Loss, Target
+from inrun.units import Units, trained_parameters
+from inrun.update import Update, update_of
+
+
+def replay(
+    run: str | PathLike[str],
+    targets: Mapping[str, Any],
+    loss: Loss,
+    *,
+    model: nn.Module,
+    optimizer: Optimizer | Sequence[Optimizer],
+    train_loss: TrainLoss | None = None,
+    batch_of: BatchOf | None = None,
+    horizon: float | None = None,
+    hessian: Hessian = "auto",
+    memory: int | Literal["auto"] = "auto",
+    progress: Progress | None = None,
+) -> Ledger:
+    """Go back through a recorded run (`Attributor(..., replayable=True)`), and value every use of every example by what
+    it did to the targets' losses at the run's end (design, 2.6).
+
+    The value of example i in step t is minus the derivative of the target's loss at the end by the weight of i's loss
+    in that step: nats of target loss to first order in the weight, positive = lowered it. It is exact for small changes
+    of the weight; what leaving an example out would do is its sum over the steps, to first order. Targets may be others
+    than the run's own.
+
+    The values go into the run's ledger as the scheme "replay", or with a horizon "replay-hH"; targets that it has
+    values of already are left as they are. A replay that was stopped goes on where it was when it is called again.
+
+    Args:
+        run: the run's folder.
+        targets: name -> one batch, or a list or DataLoader of batches; the loss at the end is the mean over all.
+        loss: loss(model, batch) -> scalar tensor, as for `Attributor`.
+        model, optimizer: built as for the run; their weights and state do not matter. They are left as the run's last
+            step left them.
+        train_loss: train_loss(model, batch) -> the scalar tensor that backward() was called on in the run (without a
+            scaler's scale), of what `attributor.batch(ids, data=batch)` was given; by default `loss`.
+        batch_of: batch_of(ids) -> a batch, on the model's device, where `data` was not given.
+        horizon: look ahead by so many steps on average: the derivative that is gone back with is (1 - rho) times the
+            target's gradient at the step plus rho times what comes from the later ones, horizon = rho / (1 - rho). It
+            takes one more target gradient a step, of the target's batches in rotation. None: to the run's end. 0: the
+            target's gradient at the step's end, and no Hessian.
+        hessian: how the Hessian of a batch's loss is multiplied with: by a "double" backward pass, by a central
+            "difference" of gradients, or "auto": the first where the model has it.
+        memory: bytes of host memory for what steps found; "auto" is half of what is free. Where a segment between two
+            checkpoints takes more, it is repeated once more.
+        progress: called after every step with the steps gone back, all steps, and the training loss there; by default
+            a line on stderr.
+
+    Returns:
+        The ledger of the scheme: `Ledger(run, scheme="replay")`.
+
+    Raises:
+        RecordingError: the run was not recorded; model, optimizer or data are others; or a step, repeated, leads to
+            other weights. InrunError: an optimizer that a replay cannot go back through, several processes, targets
+            without batches, or other batches for a target that has values already. ConservationError: as in training.
+    """
+    folder, record = Path(run), Record(Path(run))
+    if horizon is not None and not 0 <= horizon < math.inf:
+        raise InrunError(f"horizon={horizon}: give a number of steps, 0 or more; None for the whole run.")
+    if hessian not in ("auto", "double", "difference"):
+        raise InrunError(f"hessian={hessian!r} is not known: choose 'auto', 'double' or 'difference'.")
+    if not targets:
+        raise InrunError("no targets: give at least one named validation batch.")
+    optimizers = (optimizer,) if isinstance(optimizer, Optimizer) else tuple(optimizer)
+    for one in optimizers:
+        update = update_of(one)
+        if type(update).back is Update.back:
+            raise InrunError(
+                f"{type(one).__name__}: a replay goes back through the steps of SGD, Adam and AdamW, not of this one. "
+                "To add it, give its Update the method `back`."
+            )
+    processes = Processes(model)
+    if processes.size > 1:
+        raise InrunError("inrun.replay() is for one process.")
+    names = trained_parameters(processes.model, optimizers)
+    evaluation = Evaluation(processes)
+    found = [Target(name, batches, loss, evaluation) for name, batches in targets.items()]
+    name, marks = scheme_name(horizon), {target.name: target.mark() for target in found}
+    there = replayed(folder, name)
+    for target, mark in marks.items():
+        if there.get(target, mark) != mark:
+            raise InrunError(
+                f"{place_of_scheme(folder, name)} has values for other batches of a target {target!r}: name these "
+                "otherwise."
+            )
+    missing = [target for target in found if target.name not in there]
+    if not missing:
+        return Ledger(folder, scheme=name)
+    if record.checkpoints()[:1] != [0]:
+        raise RecordingError(f"{record.folder}: the checkpoint of the run's beginning is missing: restore it.")
+    trajectory = Trajectory(record, processes.model, optimizers, names, train_loss or loss, batch_of)
+    evaluation.autocast = trajectory.batches(record.steps)[-1].autocast
+    walk = Walk(folder, name, horizon, {target.name: marks[target.name] for target in missing}, record.steps)
+    passes = Passes(trajectory, processes, Units(processes.model, names), missing, record.about["batch_dim"], hessian)
+    room = (free_memory() // 2 if memory == "auto" else memory) // max(trajectory.state_size(), 1)
+    batches = {target.name: target.batches for target in missing}
+    modes = [(module, module.training) for module in processes.model.modules()]
+    backwards = Backwards(
+        trajectory, passes, walk, batches, loss, evaluation, horizon, room, progress or _Line(len(missing))
+    )
+    try:
+        with preserved_random_state(processes.model):
+            told = backwards.go()
+            backwards.to_end()
+    finally:
+        passes.detach()
+        for module, mode in modes:
+            module.training = mode
+    walk.finish({key: told[key] for key in ("hessian", "hessian_error", "at_end", "largest", "losses")})
+    return Ledger(folder, scheme=name)
+
+
+class _Line:
+    """A line on stderr, written over in a terminal, and now and then elsewhere."""
+
+    def __init__(self, targets: int) -> None:
+        self._begun = self._told = time.monotonic()
+        self._first: int | None = None
+        self._terminal = sys.stderr.isatty()
+        self._targets = targets
+
+    def __call__(self, done: int, steps: int, loss: float | None) -> None:
+        now = time.monotonic()
+        if self._first is None:
+            self._first = done - 1
+        if now - self._told < (0.2 if self._terminal else 30) and done < steps:
+            return
+        self._told = now
+        rate = (done - self._first) / max(now - self._begun, 1e-9)
+        left = (steps - done) / rate if rate else math.inf
+        text = f"replay: {done} of {steps} steps, {rate:.2g} a second, {left:.0f} s left"
+        if loss is not None:
+            text += f", training loss {loss:.3f} there"
+        print(
+            f"\r{text}\x1b[K" if self._terminal else text,
+            end="\n" if done == steps or not self._terminal else "",
+            file=sys.stderr,
+            flush=True,
+        )

@@ -1,0 +1,255 @@
+"""The batches of a step once more, at the weights that it found: the values of their examples, -<g_i, gamma>, by the
+same contraction as in-run values and the same books; and the Hessian of their loss times gamma.
+
+The Hessian-vector product is a double backward pass, which goes through the graph of the same forward pass that the
+values are had from, with attention and recurrent layers in their plain (math) form. Where an operator has none, or that
+form draws other random numbers, it is a central difference of gradients,
+
+    (grad(w + e gamma) - grad(w - e gamma)) / 2e,    e |gamma| = (machine precision)^(1/3) |w|,
+
+of an error of e^2, which is estimated from another difference of twice the length.
+"""
+
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from inrun.capture import Capture
+from inrun.captured import Captured
+from inrun.direction import Direction, Scheme, displaced
+from inrun.formed import Formed, Pool
+from inrun.gradient import Received, wide
+from inrun.kernels import Kernels
+from inrun.packed import as_packed
+from inrun.parallel import Processes
+from inrun.piece import Moves
+from inrun.replaying.record import Batch
+from inrun.replaying.trajectory import Trajectory
+from inrun.step import Microbatch, Step, as_ids
+from inrun.tangent.generic import plain_kernels
+from inrun.target import Target, check_twice_differentiable, uncompiled
+from inrun.units import Units
+from inrun.valuation import Account
+
+Hessian = Literal["auto", "double", "difference"]
+_APART = {torch.float64: 1e-6, torch.float32: 1e-3}  # of a gradient by plain kernels from the run's
+_HALF_APART = 5e-2
+# what torch says where there is no second derivative: an operator without one, a compiled or reentrant part
+_NO_SECOND = (
+    "not implemented",
+    "does not support double backward",
+    "once_differentiable",
+    "not compatible with .grad()",
+)
+
+
+@dataclass(frozen=True)
+class Passed:
+    """A step's values, and the Hessian of its batches times every target's gamma, by parameter [targets, *shape].
+
+    `error`: the relative error of that product, as estimated, where it was.
+    """
+
+    step: Step
+    rows: dict[str, dict[str, object]]
+    hessian: dict[nn.Parameter, Tensor]
+    error: float | None
+
+
+class _Given(Scheme):
+    """A direction for every target that is known: -gamma."""
+
+    def __init__(self) -> None:
+        self.gamma: dict[nn.Parameter, Tensor] = {}
+
+    def directions(self, targets: Sequence[Target], step: int, moves: Moves) -> dict[str, Direction]:
+        return {
+            target.name: Direction({p: -x[k] for p, x in self.gamma.items()}, 0.0, 0)
+            for k, target in enumerate(targets)
+        }
+
+
+class Passes:
+    """What is done at every step with its batches. It needs the model as the step found it, and leaves it so."""
+
+    def __init__(
+        self,
+        trajectory: Trajectory,
+        processes: Processes,
+        units: Units,
+        targets: Sequence[Target],
+        batch_dim: int,
+        hessian: Hessian,
+    ) -> None:
+        self._trajectory, self._units, self._names = trajectory, units, trajectory.names
+        self.hessian: Hessian = hessian
+        self._given = _Given()
+        self._account = Account(targets, self._given, units, processes)
+        kernels = Kernels("tangent", units, len(targets), False, False, None)
+        self._capture = Capture(processes, units, kernels, batch_dim)
+        self._pool = Pool()
+
+    def detach(self) -> None:
+        """Take the hooks off the model."""
+        self._capture.detach()
+
+    def go(self, step: int, moves: Moves, gamma: dict[nn.Parameter, Tensor], *, curved: bool, measured: bool) -> Passed:
+        """Values and Hessian of a step.
+
+        Args:
+            curved: the Hessian's product is wanted.
+            measured: estimate its error, if it is a difference.
+
+        Raises:
+            ConservationError: the values do not add up to <M, gamma>. InrunError: there is no double backward, and
+                hessian="double".
+        """
+        batches = self._trajectory.batches(step)
+        if curved and self.hessian == "auto":
+            self.hessian = self._chosen(batches, moves, gamma)
+        double = curved and self.hessian == "double"
+        pending, products = [], _zeros(gamma)
+        for batch in batches:
+            with plain_kernels() if double else nullcontext():
+                microbatch, product = self._pass(batch, gamma if double else {})
+            pending.append(microbatch)
+            for p, x in product.items():
+                products[p] += x
+        error = None
+        if curved and not double:
+            products, error = self._difference(batches, gamma, measured)
+        self._given.gamma = gamma
+        received = Received(self._names)
+        received.take(moves)
+        with torch.no_grad():
+            valued = self._account.value(step, pending, moves, received, False, 0, 0)
+        for microbatch in pending:
+            microbatch.captured.release()
+        return Passed(valued.step, valued.rows, products, error)
+
+    def _pass(
+        self, batch: Batch, gamma: Mapping[nn.Parameter, Tensor]
+    ) -> tuple[Microbatch, dict[nn.Parameter, Tensor]]:
+        """Forward and backward pass of a batch, captured; and the Hessian times gamma, if there is one."""
+        packed = as_packed(batch.ids)
+        ids = as_ids(batch.ids) if packed is None else packed.ids
+        examples = len(ids) if packed is None else len(packed.documents)
+        formed = Formed(examples, self._names, self._pool)
+        captured = Captured(examples, formed, packed=packed, by_token=packed is not None)
+        found: dict[nn.Parameter, Tensor] = {}
+        with uncompiled(), self._capture.batch(captured, _nothing):
+            loss = self._trajectory.loss(batch)
+            parameters = [p for p in self._names if p.requires_grad]
+            gradients = torch.autograd.grad(loss, parameters, create_graph=bool(gamma), allow_unused=True)
+            for call in captured.calls:
+                call.ended = True
+            if gamma:
+                found = _products(parameters, gradients, gamma)
+        return Microbatch(ids, captured), found
+
+    def _gradient(self, batches: Sequence[Batch], *, plain: bool = False) -> dict[nn.Parameter, Tensor]:
+        """The gradient of the step's loss at the weights as they are."""
+        parameters = [p for p in self._names if p.requires_grad]
+        whole = {p: torch.zeros_like(p, dtype=wide(p.dtype)) for p in parameters}
+        for batch in batches:
+            with plain_kernels() if plain else nullcontext():
+                gradients = torch.autograd.grad(self._trajectory.loss(batch), parameters, allow_unused=True)
+            for p, g in zip(parameters, gradients, strict=True):
+                if g is not None:
+                    whole[p] += g
+        return whole
+
+    def _chosen(self, batches: Sequence[Batch], moves: Moves, gamma: Mapping[nn.Parameter, Tensor]) -> Hessian:
+        """ "double", if it can be had of this step's first batch, and the plain kernels compute what the run did."""
+        plain = self._gradient(batches, plain=True)
+        apart = sum(float((x - moves[p].gradient).double().square().sum()) for p, x in plain.items() if p in moves)
+        whole = sum(float(moved.gradient.double().square().sum()) for moved in moves.values())
+        halves = any(batch.autocast is not None for batch in batches)
+        bound = max(_HALF_APART if halves else _APART.get(p.dtype, _HALF_APART) for p in moves)
+        if not apart <= bound**2 * whole:
+            return "difference"
+        try:
+            with plain_kernels():
+                self._pass(batches[0], {p: x[:1] for p, x in gamma.items()})
+        except RuntimeError as error:
+            if not any(words in str(error) for words in _NO_SECOND):
+                raise
+            return "difference"
+        return "double"
+
+    def _difference(
+        self, batches: Sequence[Batch], gamma: Mapping[nn.Parameter, Tensor], measured: bool
+    ) -> tuple[dict[nn.Parameter, Tensor], float | None]:
+        """The products by central differences, and their relative error if it is to be estimated."""
+        targets = len(next(iter(gamma.values())))
+        found = _zeros(gamma)
+        error = 0.0
+        for k in range(targets):
+            along = {p: x[k] for p, x in gamma.items()}
+            product = self._central(batches, along, 1.0)
+            if measured:
+                other, scale = self._central(batches, along, 2.0), _norm(product)
+                # twice the length has four times the error, or half of it where rounding is what there is
+                apart = _norm({p: other[p] - x for p, x in product.items()})
+                error = max(error, apart / scale if scale else 0.0)
+            for p, x in product.items():
+                found[p][k] = x
+        return found, error if measured else None
+
+    def _central(
+        self, batches: Sequence[Batch], along: Mapping[nn.Parameter, Tensor], times: float
+    ) -> dict[nn.Parameter, Tensor]:
+        length = _norm(along)
+        weights = _norm({p: p.detach() for p in along})
+        if length == 0 or weights == 0:
+            return {p: torch.zeros_like(x) for p, x in along.items()}
+        eps = max(torch.finfo(p.dtype).eps for p in along)
+        if any(batch.autocast is not None for batch in batches):
+            eps = max(eps, *(torch.finfo(batch.autocast).eps for batch in batches if batch.autocast is not None))
+        e = times * eps ** (1 / 3) * weights / length
+        ends = []
+        for sign in (1, -1):
+            with displaced({p: (x * (sign * e)).to(p.dtype) for p, x in along.items()}):
+                ends.append(self._gradient(batches))
+        return {p: ends[0][p].sub_(ends[1][p]).div_(2 * e) for p in along}
+
+
+def _nothing() -> None:
+    return None
+
+
+def _zeros(gamma: Mapping[nn.Parameter, Tensor]) -> dict[nn.Parameter, Tensor]:
+    return {p: torch.zeros_like(x) for p, x in gamma.items()}
+
+
+def _norm(of: Mapping[nn.Parameter, Tensor]) -> float:
+    return float(torch.stack([x.double().square().sum() for x in of.values()]).sum().sqrt())
+
+
+def _products(
+    parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor | None], gamma: Mapping[nn.Parameter, Tensor]
+) -> dict[nn.Parameter, Tensor]:
+    """The derivative of <gradient, gamma>, for every target."""
+    targets = len(next(iter(gamma.values())))
+    found: dict[nn.Parameter, list[Tensor]] = {p: [] for p in gamma}
+    for k in range(targets):
+        with torch.enable_grad():
+            terms = [
+                (g.to(gamma[p].dtype) * gamma[p][k]).sum()
+                for p, g in zip(parameters, gradients, strict=True)
+                if g is not None and p in gamma and g.requires_grad
+            ]
+            if not terms:
+                return {}
+            along = torch.stack(terms).sum()
+        if k == 0:
+            check_twice_differentiable(along)
+        turns = torch.autograd.grad(along, parameters, retain_graph=k + 1 < targets, allow_unused=True)
+        for p, turn in zip(parameters, turns, strict=True):
+            if p in found:
+                found[p].append(torch.zeros_like(gamma[p][k]) if turn is None else turn.to(gamma[p].dtype))
+    return {p: torch.stack(of) for p, of in found.items()}
