@@ -45,7 +45,7 @@ from inrun.scratch import Scratch, free_memory, gib
 from inrun.step import Microbatch, Step, as_ids
 from inrun.target import DOUBLE_BACKWARD, Evaluation, Loss, Target, saved_plainly
 from inrun.units import Units, trained_parameters
-from inrun.update import CoupledUpdate, Moved, Update, check_move, update_of
+from inrun.update import CoupledUpdate, Moved, Update, check_move, unwrapped, update_of
 from inrun.valuation import Account, Valued, train_loss
 
 LARGEST = 1e19  # of a gradient: its square is no number of float32 any more
@@ -165,7 +165,7 @@ class Attributor:
             raise InrunError("no targets: give at least one named validation batch.")
         self._processes = processes = Processes(model, within=within)
         self.model = model = processes.model
-        self.optimizers = tuple(map(_inner, (optimizer,) if isinstance(optimizer, Optimizer) else optimizer))
+        self.optimizers = tuple(map(unwrapped, (optimizer,) if isinstance(optimizer, Optimizer) else optimizer))
         self.step = 0
         self.last: Step | None = None
         self.train_loss: float | None = None
@@ -748,12 +748,6 @@ def _check_replayable(ledger: object, kernel: str, nonfinite: str) -> None:
         )
     if nonfinite == "skip":
         raise InrunError("nonfinite='skip' goes on through steps that nothing can be pulled back through: use 'stop'.")
-
-
-def _inner(optimizer: Optimizer) -> Optimizer:
-    """The optimizer itself, of what accelerate's prepare returns."""
-    inner = vars(optimizer).get("optimizer")
-    return _inner(inner) if isinstance(inner, Optimizer) else optimizer
 
 
 def _state(optimizer: Optimizer, p: nn.Parameter) -> Mapping[str, Any]:

@@ -6,8 +6,8 @@ sees them), and off the batch again before the model is called. Evaluation and p
 
 import json
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,11 @@ from inrun.attributor import Attributor
 from inrun.errors import InrunError
 from inrun.integrations.books import Books
 from inrun.integrations.ids import CollateWithIds
-from inrun.integrations.sft import check_attention, head_called, packed_with_ids, packs, prepared_target, shifted
+from inrun.integrations.replayed import Replay, Replayed, batches_of, recorded, recording_of
+from inrun.integrations.replayed import model_loss as model_loss
+from inrun.integrations.sft import check_attention, head_called, packed_with_ids, packs, shifted
+from inrun.ledger import Ledger
 from inrun.packed import as_packed
-from inrun.state import preserved_random_state
 from inrun.step import as_ids
 from inrun.target import Loss
 
@@ -35,12 +37,6 @@ MARK = "inrun.json"
 STATE = "inrun.safetensors"
 _TENSOR = "tensor in inrun.safetensors"
 _ABSENT = object()
-
-
-def model_loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-    """The loss that a Hugging Face model returns for a batch with labels: the mean over the batch's tokens."""
-    loss: Tensor = model(**batch).loss
-    return loss
 
 
 def attach(
@@ -85,7 +81,8 @@ def attach(
             checkpoint. The ledger is then cut back to the checkpoint's step.
         train_dataset: of an SFTTrainer that packs, the dataset that it was built with, with an id for every document:
             its packing keeps no column but tokens and labels. It is packed once more, in the same way, with the ids.
-        settings: the other arguments of `inrun.Attributor`.
+        settings: the other arguments of `inrun.Attributor`. With `replayable=`, clipping and loss scaling are the
+            trainer's.
 
     Returns:
         The callback; its `attributor` is there from the beginning of training on, and closed at its end.
@@ -104,6 +101,38 @@ def attach(
     callback = InrunCallback(trainer, targets, id_column, dict(ledger=ledger, loss=loss, **settings), resume, packed)
     trainer.add_callback(callback)
     return callback
+
+
+def replay(
+    trainer: Trainer,
+    run: str | PathLike[str],
+    targets: Mapping[str, Any],
+    *,
+    id_column: str = "id",
+    loss: Loss = model_loss,
+    **settings: Any,
+) -> Ledger:
+    """Go back through a run that a Trainer made under `attach(..., ledger=run, replayable=True)`: `inrun.replay` with
+    the trainer's model, optimizer and loss.
+
+    Args:
+        trainer: built as for the run, and not attached; it trains nothing.
+        run: the ledger's folder.
+        targets, loss, id_column: as for `attach`.
+        settings: the other arguments of `inrun.replay`: horizon, hessian, memory, progress.
+
+    Raises what `inrun.replay` raises.
+    """
+    callback = Replay(trainer, run, targets, id_column, loss, settings)
+    trainer.add_callback(callback)
+    try:
+        trainer.train()
+    except Replayed as done:
+        return done.ledger
+    finally:
+        trainer.is_in_train = False
+        trainer.remove_callback(callback)
+    raise InrunError("the trainer began no training, in which a replay is done: see what it printed.")
 
 
 def _packed(trainer: Trainer, given: Any, id_column: str) -> Any:
@@ -199,10 +228,11 @@ class InrunCallback(TrainerCallback):
         if not isinstance(optimizer, Optimizer):
             raise InrunError(f"the trainer's optimizer is a {type(optimizer).__name__}, not one of torch.optim.")
         resume = state.global_step > 0 if self._resume is None else self._resume
-        targets = {name: self._batches(name, given) for name, given in self._targets.items()}
+        targets = batches_of(trainer, self._targets, self._id_column)
         self._shifts, self._books = self._inside.enter_context(head_called(trainer)), Books()
         model = trainer.model if args.world_size == 1 else trainer.model_wrapped
-        self.attributor = Attributor(model, optimizer, targets, resume=resume, **self._settings)
+        settings = {**self._settings, "replayable": recording_of(trainer, self._settings.get("replayable", False))}
+        self.attributor = Attributor(model, optimizer, targets, resume=resume, **settings)
         if resume:
             self.attributor.load_state_dict(_stored_state(_checkpoint(args, state), state.global_step))
 
@@ -270,7 +300,7 @@ class InrunCallback(TrainerCallback):
                 inputs[name] = torch.tensor(inputs[name])
         if self._shifts and "labels" in inputs:
             inputs["shift_labels"] = shifted(inputs["labels"])
-        with self.attributor.batch(ids) as microbatch:
+        with self.attributor.batch(ids, recorded(self._trainer, inputs, args, kwargs)) as microbatch:
             loss: Tensor = self._training_step(model, inputs, *args, **kwargs)
             microbatch.loss = loss
         return loss
@@ -297,34 +327,6 @@ class InrunCallback(TrainerCallback):
         if "loss" in logs:  # of training steps: an evaluation's names begin with "eval_"
             logs.update(self._books.taken())
         self._log(logs, *args, **kwargs)
-
-    def _batches(self, name: str, given: Any) -> Any:
-        """A target as the Attributor takes it; a dataset is cut into batches on the model's device."""
-        holds = hasattr(given, "__iter__") or hasattr(given, "__getitem__")
-        if holds and not isinstance(given, list | tuple | Mapping | Tensor | DataLoader):
-            with preserved_random_state(self._trainer.model), _unprepared(self._trainer):  # a DataLoader draws a seed
-                given = list(self._trainer.get_eval_dataloader(prepared_target(self._trainer, given, name)))
-            if not given:
-                raise InrunError(f"target {name!r} has no batches: its dataset is empty.")
-        if isinstance(given, list | DataLoader):
-            return [self._prepared(batch) for batch in given]
-        return self._prepared(given)
-
-    def _prepared(self, batch: Any) -> Any:
-        if isinstance(batch, Mapping):
-            batch = {key: value for key, value in batch.items() if key != self._id_column}
-        return self._trainer._prepare_input(batch)
-
-
-@contextmanager
-def _unprepared(trainer: Any) -> Iterator[None]:
-    """Data loaders that are made inside the block have all batches, not this process's share of them."""
-    held = vars(trainer.accelerator)
-    held["prepare"] = lambda loader: loader
-    try:
-        yield
-    finally:
-        del held["prepare"]
 
 
 def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:

@@ -24,7 +24,7 @@ from inrun.scratch import free_memory
 from inrun.state import preserved_random_state
 from inrun.target import Evaluation, Loss, Target
 from inrun.units import Units, trained_parameters
-from inrun.update import Update, update_of
+from inrun.update import Update, unwrapped, update_of
 
 
 def replay(
@@ -87,7 +87,7 @@ def replay(
         raise InrunError(f"hessian={hessian!r} is not known: choose 'auto', 'double' or 'difference'.")
     if not targets:
         raise InrunError("no targets: give at least one named validation batch.")
-    optimizers = (optimizer,) if isinstance(optimizer, Optimizer) else tuple(optimizer)
+    optimizers = tuple(map(unwrapped, (optimizer,) if isinstance(optimizer, Optimizer) else optimizer))
     for one in optimizers:
         update = update_of(one)
         if type(update).back is Update.back:

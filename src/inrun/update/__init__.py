@@ -15,6 +15,7 @@ from inrun.update.base import (
     check_move,
     register_update,
     supported_optimizers,
+    unwrapped,
     update_of,
 )
 from inrun.update.muon import MuonUpdate
@@ -45,5 +46,6 @@ __all__ = [
     "check_move",
     "register_update",
     "supported_optimizers",
+    "unwrapped",
     "update_of",
 ]

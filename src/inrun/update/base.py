@@ -188,6 +188,12 @@ def supported_optimizers() -> list[str]:
     return sorted(kind.__name__ for kind in _updates)
 
 
+def unwrapped(optimizer: Optimizer) -> Optimizer:
+    """The optimizer itself, of what accelerate's prepare returns."""
+    inner = vars(optimizer).get("optimizer")
+    return unwrapped(inner) if isinstance(inner, Optimizer) else optimizer
+
+
 def update_of(optimizer: Optimizer) -> Update:
     """The update of an optimizer's exact type: a subclass may move the weights differently.
 
