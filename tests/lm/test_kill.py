@@ -9,8 +9,10 @@ import time
 from pathlib import Path
 
 import polars as pl
+import torch
 
 from inrun import Ledger
+from inrun.replaying.record import Record
 from tests.lm.corpus import write_corpus
 
 KILLS = 10
@@ -22,6 +24,7 @@ def command(corpus: Path, run: Path) -> list[str]:
         "--target-share", "0.2", "--target-examples", "6", "--target-batch", "3", "--vocab-size", "400",
         "--sequence", "32",
         "--batch", "4", "--accumulation", "2", "--steps", "120", "--audit-every", "7", "--save-every", "5",
+        "--replayable", "--replay-every", "30",
     ]  # fmt: skip
 
 
@@ -72,4 +75,10 @@ def test_ten_kills_leave_no_trace_in_the_ledger(tmp_path: Path) -> None:
     finish(killed)
     for mine, its in zip(rows(tmp_path / "killed"), rows(tmp_path / "whole"), strict=True):
         assert mine.equals(its)
+    records = [Record(tmp_path / name) for name in ("killed", "whole")]
+    assert records[0].lines == records[1].lines  # the marks of the weights among them
+    for step in (1, 60, 120):
+        for one, other in zip(*(of.batches(step, None, torch.device("cpu")) for of in records), strict=True):
+            assert str(one) == str(other)
+    assert records[0].checkpoints() == records[1].checkpoints() == [0, 30, 60, 90, 120]
     assert rows(tmp_path / "whole")[1]["step"].unique().to_list() == list(range(1, 121))

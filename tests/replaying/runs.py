@@ -135,7 +135,7 @@ class Run:
             return float(self.case.loss(model, self.target()))
 
 
-def _silent(done: int, steps: int, loss: float | None) -> None:
+def _silent(done: float, steps: int, loss: float | None) -> None:
     return None
 
 

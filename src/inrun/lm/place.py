@@ -12,7 +12,18 @@ from pathlib import Path
 from inrun.lm.config import CONFIG, ConfigError
 
 RUN = "run.json"  # the ledger's own: from here on there are values to keep
-CONTENTS = (CONFIG, RUN, "examples.parquet", "tokenizer", "tokens", "targets", "checkpoints", "model")
+CONTENTS = (
+    CONFIG,
+    RUN,
+    "examples.parquet",
+    "tokenizer",
+    "tokens",
+    "targets",
+    "checkpoints",
+    "model",
+    "recording",
+    "schemes",
+)
 PLAIN = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 
 

@@ -42,6 +42,7 @@ from inrun.lm.tokens import (
     load_tokenizer,
     train_tokenizer,
 )
+from inrun.replaying.recording import Recording
 from inrun.report import one_line
 
 _WRITING = re.compile("I/O error|PytorchStreamWriter|inline_container")
@@ -83,14 +84,11 @@ def train(config: Train, console: Console) -> Path:
 
 
 def _carry_out(config: Train, console: Console) -> None:
-    run = config.out
-    transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    preset = PRESETS.get(config.model, Preset("", PRESETS["tiny"].architecture, sequence=1024, vocab_size=32_000))
+    run, preset = config.out, preset_of(config)
+    quiet()
     sequence = config.sequence or preset.sequence
     tokenizer = _tokenizer(config, preset.vocab_size, console)
-    torch.manual_seed(config.seed)
-    model = build_model(config.model, len(tokenizer), sequence, eos=tokenizer.eos_token_id)
+    model = model_of(config, tokenizer)
     text, targets = _tokens(config, tokenizer, sequence, console)
     steps = _steps(config, preset, len(text))
     _say(console, config, model, text, targets, steps)
@@ -101,9 +99,36 @@ def _carry_out(config: Train, console: Console) -> None:
         # all steps are done: a Trainer resumed here would take one more
         model = build_model(str(checkpoint), len(tokenizer), sequence)
     else:
-        _train(config, _arguments(config, preset, steps), model, text, targets, checkpoint, console)
+        _train(config, model, text, targets, checkpoint, console)
     model.save_pretrained(run / "model")
     tokenizer.save_pretrained(run / "model")
+
+
+def quiet() -> None:
+    """transformers is, beside our own lines."""
+    transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+def preset_of(config: Train) -> Preset:
+    """The model's, or what stands for one where the model is a folder or a configuration."""
+    return PRESETS.get(config.model, Preset("", PRESETS["tiny"].architecture, sequence=1024, vocab_size=32_000))
+
+
+def model_of(config: Train, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
+    """The model as the run begins with it."""
+    torch.manual_seed(config.seed)
+    sequence = config.sequence or preset_of(config).sequence
+    return build_model(config.model, len(tokenizer), sequence, eos=tokenizer.eos_token_id)
+
+
+def trainer_of(config: Train, model: PreTrainedModel, text: TokenStore) -> Trainer:
+    """The run's Trainer."""
+    preset = preset_of(config)
+    arguments = _arguments(config, preset, _steps(config, preset, len(text)))
+    trainer = Trainer(model=model, args=arguments, train_dataset=text, data_collator=Collate(text.pad))
+    trainer.remove_callback(PrinterCallback)
+    return trainer
 
 
 def _disk_refused(error: Exception) -> bool:
@@ -121,7 +146,6 @@ def _brief(error: Exception) -> str:
 
 def _train(
     config: Train,
-    arguments: TrainingArguments,
     model: PreTrainedModel,
     text: TokenStore,
     targets: dict[str, TokenStore],
@@ -129,8 +153,7 @@ def _train(
     console: Console,
 ) -> None:
     """The steps from the checkpoint on, or from the beginning."""
-    trainer = Trainer(model=model, args=arguments, train_dataset=text, data_collator=Collate(text.pad))
-    trainer.remove_callback(PrinterCallback)
+    trainer = trainer_of(config, model, text)
     batches = {
         name: fixed_batches(store, config.target_batch, config.target_examples) for name, store in targets.items()
     }
@@ -152,6 +175,7 @@ def _train(
         audit_every=config.audit_every,
         audit_permutations=config.audit_permutations,
         nonfinite=config.nonfinite,
+        replayable=config.replayable and Recording(every=config.replay_every, disk=config.replay_disk),
     )
     progress = ProgressCallback(attached, console)
     trainer.add_callback(progress)
@@ -188,6 +212,8 @@ def _begin(config: Train) -> tuple[Train, bool]:
     scheme_of(config.scheme, config.nodes, config.rule, config.tolerance, config.max_nodes, config.refresh)
     if config.momentum == "credit" and (config.audit_permutations or config.nonfinite == "skip" or config.refresh != 1):
         raise ConfigError("--momentum credit goes with none of --audit-permutations, --nonfinite skip, --refresh.")
+    if config.replayable and (config.kernel == "perexample" or config.nonfinite == "skip"):
+        raise ConfigError("--replayable goes neither with --kernel perexample nor with --nonfinite skip.")
     if config.kernel == "ghost":
         raise ConfigError("--kernel ghost is for SGD, and `inrun train` trains with AdamW: choose another.")
     _target_files(config)

@@ -4,6 +4,7 @@ import math
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
@@ -29,11 +30,11 @@ from inrun.update import Update, unwrapped, update_of
 
 def replay(
     run: str | PathLike[str],
-    targets: Mapping[str, Any],
-    loss: Loss,
+    targets: Mapping[str, Any] | None = None,
+    loss: Loss | None = None,
     *,
-    model: nn.Module,
-    optimizer: Optimizer | Sequence[Optimizer],
+    model: nn.Module | None = None,
+    optimizer: Optimizer | Sequence[Optimizer] | None = None,
     train_loss: TrainLoss | None = None,
     batch_of: BatchOf | None = None,
     horizon: float | None = None,
@@ -57,7 +58,8 @@ def replay(
         targets: name -> one batch, or a list or DataLoader of batches; the loss at the end is the mean over all.
         loss: loss(model, batch) -> scalar tensor, as for `Attributor`.
         model, optimizer: built as for the run; their weights and state do not matter. They are left as the run's last
-            step left them.
+            step left them. Of a run of `inrun train`, they and `loss` may be left out; targets are then name -> file of
+            text, or batches, and by default those of the run.
         train_loss: train_loss(model, batch) -> the scalar tensor that backward() was called on in the run (without a
             scaler's scale), of what `attributor.batch(ids, data=batch)` was given; by default `loss`.
         batch_of: batch_of(ids) -> a batch, on the model's device, where `data` was not given.
@@ -69,8 +71,8 @@ def replay(
             "difference" of gradients, or "auto": the first where the model has it.
         memory: bytes of host memory for what steps found; "auto" is half of what is free. Where a segment between two
             checkpoints takes more, it is repeated once more.
-        progress: called after every step with the steps gone back, all steps, and the training loss there; by default
-            a line on stderr.
+        progress: called with the steps done so far (one that is repeated, and not gone back through yet, counts a
+            quarter), all steps, and the training loss there; by default a line on stderr.
 
     Returns:
         The ledger of the scheme: `Ledger(run, scheme="replay")`.
@@ -85,6 +87,14 @@ def replay(
         raise InrunError(f"horizon={horizon}: give a number of steps, 0 or more; None for the whole run.")
     if hessian not in ("auto", "double", "difference"):
         raise InrunError(f"hessian={hessian!r} is not known: choose 'auto', 'double' or 'difference'.")
+    if model is None and optimizer is None:
+        from inrun.lm.replay import replay_run  # an extra
+
+        if train_loss is not None or batch_of is not None:
+            raise InrunError("train_loss= and batch_of= go with model= and optimizer=.")
+        return replay_run(folder, targets, loss, horizon=horizon, hessian=hessian, memory=memory, progress=progress)
+    if model is None or optimizer is None or loss is None:
+        raise InrunError("give model=, optimizer= and loss=, or none of them for a run of `inrun train`.")
     if not targets:
         raise InrunError("no targets: give at least one named validation batch.")
     optimizers = tuple(map(unwrapped, (optimizer,) if isinstance(optimizer, Optimizer) else optimizer))
@@ -121,9 +131,7 @@ def replay(
     room = (free_memory() // 2 if memory == "auto" else memory) // max(trajectory.state_size(), 1)
     batches = {target.name: target.batches for target in missing}
     modes = [(module, module.training) for module in processes.model.modules()]
-    backwards = Backwards(
-        trajectory, passes, walk, batches, loss, evaluation, horizon, room, progress or _Line(len(missing))
-    )
+    backwards = Backwards(trajectory, passes, walk, batches, loss, evaluation, horizon, room, progress or _Line())
     try:
         with preserved_random_state(processes.model):
             told = backwards.go()
@@ -136,30 +144,39 @@ def replay(
     return Ledger(folder, scheme=name)
 
 
-class _Line:
-    """A line on stderr, written over in a terminal, and now and then elsewhere."""
+class Clock:
+    """What a line about progress says: how far it is, the rate and the time left, of this process."""
 
-    def __init__(self, targets: int) -> None:
-        self._begun = self._told = time.monotonic()
-        self._first: int | None = None
-        self._terminal = sys.stderr.isatty()
-        self._targets = targets
+    def __init__(self) -> None:
+        self._begun = time.monotonic()
+        self._first: float | None = None
 
-    def __call__(self, done: int, steps: int, loss: float | None) -> None:
-        now = time.monotonic()
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self._begun
+
+    def text(self, done: float, steps: int, loss: float | None) -> str:
         if self._first is None:
-            self._first = done - 1
-        if now - self._told < (0.2 if self._terminal else 30) and done < steps:
+            self._first, self._begun = done, time.monotonic()
+        rate = (done - self._first) / max(time.monotonic() - self._begun, 1e-9)
+        found = "" if loss is None else f"training loss {loss:.3f}  "
+        if rate:
+            found += f"{rate:.2g} steps/s  {timedelta(seconds=round((steps - done) / rate))} left"
+        return found
+
+
+class _Line:
+    """Progress on stderr: a line that is written over in a terminal, and now and then one elsewhere."""
+
+    def __init__(self) -> None:
+        self._clock, self._told = Clock(), -math.inf
+        self._terminal = sys.stderr.isatty()
+
+    def __call__(self, done: float, steps: int, loss: float | None) -> None:
+        text, now = self._clock.text(done, steps, loss), time.monotonic()
+        if now - self._told < (0.2 if self._terminal else 15) and done < steps:
             return
         self._told = now
-        rate = (done - self._first) / max(now - self._begun, 1e-9)
-        left = (steps - done) / rate if rate else math.inf
-        text = f"replay: {done} of {steps} steps, {rate:.2g} a second, {left:.0f} s left"
-        if loss is not None:
-            text += f", training loss {loss:.3f} there"
-        print(
-            f"\r{text}\x1b[K" if self._terminal else text,
-            end="\n" if done == steps or not self._terminal else "",
-            file=sys.stderr,
-            flush=True,
-        )
+        line = f"replay {done:.0f}/{steps} steps  {text}"
+        over, end = ("\r", "\x1b[K" + ("\n" if done == steps else "")) if self._terminal else ("", "\n")
+        print(f"{over}{line}", end=end, file=sys.stderr, flush=True)

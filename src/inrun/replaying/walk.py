@@ -21,20 +21,29 @@ from inrun.replaying.passes import Passes
 from inrun.replaying.trajectory import Found, Trajectory
 from inrun.target import Evaluation, Loss, Target, gradients
 
-Progress = Callable[[int, int, float | None], None]  # steps gone back, of so many, and the training loss there
+# steps gone back, those that are only repeated so far counting a part each; of so many; and the training loss there
+Progress = Callable[[float, int, float | None], None]
+_REPEATED = 0.25
 _SAVE_EVERY = 60.0  # seconds
 _SAVE_ROWS = 500_000
 _ROUGH = 1e3  # times the adjoint may grow before its first-order values are doubtful
 
 
-def steps_back(trajectory: Trajectory, first: int, last: int, room: int) -> Iterator[Found]:
+def steps_back(
+    trajectory: Trajectory, first: int, last: int, room: int, tell: Callable[[int, float | None], None]
+) -> Iterator[Found]:
     """The steps from `last` down to the one after `first`, the trajectory standing after `first`.
 
-    `room`: how many steps' `Found` fit on the host.
+    Args:
+        room: how many steps' `Found` fit on the host.
+        tell: called after every step that is repeated, with how many wait to be gone back through, and its loss.
     """
     steps = last - first
     if steps <= max(room, 1):
-        kept = [trajectory.take() for _ in range(steps)]
+        kept: list[Found] = []
+        for _ in range(steps):
+            kept.append(trajectory.take())
+            tell(len(kept), kept[-1].line.loss)
         if last in trajectory.record.checkpoints():
             trajectory.check_arrived()
         while kept:
@@ -50,7 +59,7 @@ def steps_back(trajectory: Trajectory, first: int, last: int, room: int) -> Iter
             starts.append(trajectory.snapshot())
     for begin, end in reversed(list(pairwise(ends))):
         trajectory.restore(starts.pop())
-        yield from steps_back(trajectory, begin, end, half)
+        yield from steps_back(trajectory, begin, end, half, tell)
 
 
 class Backwards:
@@ -79,6 +88,7 @@ class Backwards:
         self._largest: list[tuple[float, int]] = []  # of the adjoint's norm, by target, and the step that it is at
         self._at_end: list[float] = []
         self._hessian_error = 0.0
+        self._gone = 0
 
     def go(self) -> dict[str, object]:
         """Go back to the beginning. Returns what is to be told of the replay: how its Hessian was had, its error, and
@@ -97,20 +107,25 @@ class Backwards:
             self._losses, self._at_end, self._hessian_error = told["losses"], told["at_end"], told["hessian_error"]
             self._largest = [(norm, at) for norm, at in told["largest"]]
             self._passes.hessian = told["hessian"]
-        saved = time.monotonic()
+        saved, self._gone = time.monotonic(), record.steps - step
         while step > 0:
             first = max(at for at in record.checkpoints() if at < step)
             trajectory.begin(first)
             measured = True  # once in a segment
-            for found in steps_back(trajectory, first, step, self._room):
+            for found in steps_back(trajectory, first, step, self._room, self._tell):
                 self._back(found, adjoint, measured)
                 step, measured = found.line.step - 1, False
-                self._progress(record.steps - step, record.steps, found.line.loss)
+                self._gone = record.steps - step
+                self._tell(step - first, found.line.loss)
                 if step == 0 or time.monotonic() - saved > _SAVE_EVERY or walk.rows > _SAVE_ROWS:
                     self._save(step, adjoint)
                     saved = time.monotonic()
         self._warn()
         return self._told()
+
+    def _tell(self, waiting: int, loss: float | None) -> None:
+        """`waiting`: steps that are repeated, but not gone back through."""
+        self._progress(self._gone + _REPEATED * waiting, self._trajectory.record.steps, loss)
 
     def to_end(self) -> None:
         """The model after the run's last step."""
