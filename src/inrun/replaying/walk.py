@@ -26,6 +26,7 @@ Progress = Callable[[float, int, float | None], None]
 _REPEATED = 0.25
 _SAVE_EVERY = 60.0  # seconds
 _SAVE_ROWS = 500_000
+_COARSE = 0.1  # of a Hessian-vector product may be its error
 _ROUGH = 1e3  # times the adjoint may grow before its first-order values are doubtful
 
 
@@ -200,7 +201,15 @@ class Backwards:
         }
 
     def _warn(self) -> None:
-        """Say so if the run was too rough."""
+        """Say so if the run was too rough, or its Hessian too coarse."""
+        if self._hessian_error > _COARSE:
+            warnings.warn(
+                f"the Hessian of the batches' loss, by differences of gradients, is off by up to "
+                f"{self._hessian_error:.0%} (kinks, as of ReLU, or half precision make it so), and with it the values "
+                'of the steps before: take hessian="double" if the model has it, or look at horizon=0, which needs no '
+                "Hessian.",
+                stacklevel=2,
+            )
         for target, end, (norm, step) in zip(self._ends, self._at_end, self._largest, strict=True):
             if norm > _ROUGH * end:
                 warnings.warn(

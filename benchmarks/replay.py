@@ -1,0 +1,189 @@
+"""What recording and replaying a run cost, in plain training's steps: the GPT of 14 million parameters, batch 8 x 256.
+
+python -m benchmarks.replay [--steps 16] [--rounds 3] [--out benchmarks/replay.json]
+
+Every round trains plainly, trains attributed with and without recording, and replays, one after the other in one
+process, in an order that is turned round from one round to the next; ratios are of a round's own times. Each replay's
+peak memory is that of a process of its own.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import resource
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import inrun
+from benchmarks.models import TARGET_SEED, WORKLOADS
+from benchmarks.report import machine
+from inrun.replaying.store import place_of
+from inrun.scratch import gib
+
+WORKLOAD = WORKLOADS["gpt14m"]
+CLIP = 1.0
+# name -> targets, spacing of checkpoints, settings of inrun.replay
+REPLAYS: dict[str, tuple[int, int, dict[str, Any]]] = {
+    "one target": (1, 16, {}),
+    "one target, checkpoints every 4 steps": (1, 4, {}),
+    "one target, room for 4 of 16 steps": (1, 16, {"memory": 4}),
+    "one target, differences": (1, 16, {"hessian": "difference"}),
+    "one target, horizon=10": (1, 16, {"horizon": 10}),
+    "one target, horizon=0": (1, 16, {"horizon": 0}),
+    "eight targets": (8, 16, {}),
+    "eight targets, checkpoints every 4 steps": (8, 4, {}),
+}
+
+
+def loss(model: nn.Module, batch: Any) -> Tensor:
+    inputs, labels = batch
+    return WORKLOAD.each(WORKLOAD.outputs(model, inputs), labels).mean()
+
+
+def made() -> tuple[nn.Module, torch.optim.Optimizer]:
+    model = WORKLOAD.build()
+    return model, torch.optim.AdamW(model.parameters(), lr=3e-4)
+
+
+def train(steps: int, folder: Path | None = None, every: int | None = None) -> float:
+    """Seconds a step, after a first one that does not count; attributed if there is a folder, and recorded."""
+    model, optimizer = made()
+    batches = [WORKLOAD.draw(8, step) for step in range(steps + 1)]
+    recording = inrun.Recording(every=every, clip_norm=CLIP) if every else False
+    attributor = None
+    if folder is not None:
+        kernel: Any = "tangent" if every else "auto"
+        target = {"0": WORKLOAD.draw(1, TARGET_SEED)}
+        attributor = inrun.Attributor(
+            model, optimizer, target, loss, ledger=folder, kernel=kernel, replayable=recording
+        )
+    begun = 0.0
+    for step, batch in enumerate(batches):
+        if step == 1:
+            begun = time.perf_counter()
+        if attributor is None:
+            loss(model, batch).backward()
+        else:
+            with attributor.batch(ids=list(range(8 * step, 8 * step + 8)), data=batch):
+                loss(model, batch).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        optimizer.step()
+        optimizer.zero_grad()
+    found = (time.perf_counter() - begun) / steps
+    if attributor is not None:
+        attributor.close()
+    return found
+
+
+def replay(folder: Path, name: str) -> float:
+    """Seconds a step of a replay of a recorded run, its beginning included."""
+    targets, _, settings = REPLAYS[name]
+    model, optimizer = made()
+    if "memory" in settings:  # of so many steps
+        settings = settings | {"memory": settings["memory"] * 4 * sum(p.nbytes for p in model.parameters())}
+    batches = {f"{k}": WORKLOAD.draw(1, TARGET_SEED + k) for k in range(targets)}
+    steps = inrun.Ledger(folder).steps().height
+    shutil.rmtree(folder / "schemes", ignore_errors=True)
+    begun = time.perf_counter()
+    inrun.replay(folder, batches, loss, model=model, optimizer=optimizer, progress=_silent, **settings)
+    return (time.perf_counter() - begun) / steps
+
+
+def _silent(done: float, steps: int, loss: float | None) -> None:
+    return None
+
+
+def _peak(folder: Path, name: str, connection: Any) -> None:
+    replay(folder, name)
+    connection.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+
+
+def peak(folder: Path, name: str) -> int:
+    """Bytes of memory at most, of a process of its own."""
+    here, there = multiprocessing.get_context("spawn").Pipe()
+    process = multiprocessing.get_context("spawn").Process(target=_peak, args=(folder, name, there))
+    process.start()
+    found = int(here.recv())
+    process.join()
+    return found
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.replay", description=__doc__)
+    parser.add_argument("--steps", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=Path(__file__).with_name("replay.json"))
+    options = parser.parse_args(arguments)
+    folder = Path(tempfile.mkdtemp(prefix="inrun-replay-"))
+    try:
+        found = measured(folder, options.steps, options.rounds)
+    finally:
+        shutil.rmtree(folder)
+    options.out.write_text(json.dumps(found, indent=2) + "\n")
+    print(table(found))
+    return 0
+
+
+def measured(folder: Path, steps: int, rounds: int) -> dict[str, Any]:
+    runs = {every: folder / f"every-{every}" for every in sorted({of[1] for of in REPLAYS.values()})}
+    disk = {}
+    for every, place in runs.items():
+        train(steps - 1, place, every)
+        disk[every] = sum(path.stat().st_size for path in place_of(place).rglob("*") if path.is_file())
+    work: dict[str, Callable[[], float]] = {
+        "plain training": lambda: train(steps),
+        "attributed": lambda: train(steps, _fresh(folder / "attributed")),
+        **{
+            f"attributed and recorded, every {every} steps": partial(_recorded, steps, folder / "recorded", every)
+            for every in runs
+        },
+        **{name: partial(replay, runs[REPLAYS[name][1]], name) for name in REPLAYS},
+    }
+    times: dict[str, list[float]] = {name: [] for name in work}
+    for k in range(rounds):
+        for name in list(work)[:: 1 if k % 2 == 0 else -1]:
+            times[name].append(work[name]())
+            print(f"round {k + 1} of {rounds}: {name}: {times[name][-1]:.2f} s a step", flush=True)
+    lines = []
+    for name, of in times.items():
+        ratios = [one / plain for one, plain in zip(of, times["plain training"], strict=True)]
+        line: dict[str, Any] = {"name": name, "seconds": of, "ratio": statistics.median(ratios)}
+        line["spread"] = [min(ratios), max(ratios)]
+        if name in REPLAYS:
+            line["memory"] = peak(runs[REPLAYS[name][1]], name)
+            line["disk"] = disk[REPLAYS[name][1]]
+        lines.append(line)
+    return {"machine": machine("cpu"), "load": os.getloadavg()[0], "steps": steps, "lines": lines}
+
+
+def _recorded(steps: int, folder: Path, every: int) -> float:
+    return train(steps, _fresh(folder), every)
+
+
+def _fresh(folder: Path) -> Path:
+    shutil.rmtree(folder, ignore_errors=True)
+    return folder
+
+
+def table(found: dict[str, Any]) -> str:
+    """As Markdown."""
+    lines = ["| | plain steps, a step | lowest to highest | peak memory | recording on disk |", "|---|---|---|---|---|"]
+    for line in found["lines"]:
+        low, high = line["spread"]
+        memory, disk = (gib(line[key]) if key in line else "" for key in ("memory", "disk"))
+        lines.append(f"| {line['name']} | {line['ratio']:.2f} | {low:.2f} to {high:.2f} | {memory} | {disk} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
