@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: setup demo test check bench bench-ledger study-fidelity study-refresh study-facts clean
+.PHONY: setup demo test check bench bench-ledger bench-replay study-fidelity study-refresh study-facts clean
 
 setup: $(INSTALLED)
 
@@ -36,6 +36,10 @@ bench: setup
 # the ledger at 100 million examples; EXAMPLES=1_000_000: a few seconds
 bench-ledger: setup
 	$(BIN)/python -m benchmarks.ledger_scale $(if $(EXAMPLES),--examples $(EXAMPLES))
+
+# recording and replaying, in plain training's steps; some twenty minutes
+bench-replay: setup
+	$(BIN)/python -m benchmarks.replay
 
 study-fidelity: setup
 	$(BIN)/python -m pip install --quiet --no-warn-conflicts --constraint constraints.txt --group study

@@ -15,7 +15,12 @@ FINETUNE = str(ROOT / "examples" / "finetune_lora.py")
 
 
 @pytest.mark.parametrize(
-    ("name", "ledger", "targets"), [("raw_loop", ".", ["code", "prose"]), ("trainer", "values", ["first two files"])]
+    ("name", "ledger", "targets"),
+    [
+        ("raw_loop", ".", ["code", "prose"]),
+        ("trainer", "values", ["first two files"]),
+        ("replay", "schemes/replay", ["code"]),
+    ],
 )
 def test_example(name: str, ledger: str, targets: list[str], tmp_path: Path) -> None:
     assert "shape:" in run(name, "--out", str(tmp_path / "run"), "--steps", "6")

@@ -103,7 +103,7 @@ def replay(
         if type(update).back is Update.back:
             raise InrunError(
                 f"{type(one).__name__}: a replay goes back through the steps of SGD, Adam and AdamW, not of this one. "
-                "To add it, give its Update the method `back`."
+                "To add it, give its Update the method `back` (docs/optimizers.md)."
             )
     processes = Processes(model)
     if processes.size > 1:

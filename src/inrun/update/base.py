@@ -117,7 +117,7 @@ class Update(ABC):
         """
         raise InrunError(
             f"{type(self).__name__}: a replay goes back through the steps of SGD, Adam and AdamW, and not of this "
-            "optimizer. To add it, give its Update the method `back` (docs/replay.md)."
+            "optimizer. To add it, give its Update the method `back` (docs/optimizers.md)."
         )
 
     def pull_back(self, moved: Moved, a: float, b: float) -> tuple[Tensor, Pull]:
