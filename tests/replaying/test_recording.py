@@ -118,6 +118,21 @@ def test_what_is_not_the_run_is_refused(tmp_path: Path, change: Callable[[Run], 
         run.replay()
 
 
+def test_averaged_weights_in_place_of_the_runs_own_at_its_end_are_not_taken_for_them(tmp_path: Path) -> None:
+    def average(step: int, model: nn.Module) -> None:
+        if step == run.steps:
+            with torch.no_grad():
+                for p in model.parameters():
+                    p.mul_(0.9)
+
+    run, whole = Run(folder=tmp_path / "run", wrong=average), Run(folder=tmp_path / "whole")
+    run.record()
+    whole.record()
+    assert Record(run.folder).checkpoints() == [0, 2, 4]
+    run.wrong = whole.wrong
+    assert largest_difference(run.values(run.replay()), whole.values(whole.replay())) == 0
+
+
 def test_weights_changed_beside_the_optimizer_are_noticed(tmp_path: Path) -> None:
     run = Run(folder=tmp_path / "run", wrong=nudge, recording={"every": 10})
     run.record()

@@ -146,7 +146,7 @@ class Recorder:
         self._pending, self._tree = list[dict[str, Any]](), Tree()  # of the step's batches so far
         self._random: dict[str, Tensor] = {}  # as written last
         self._ahead: RandomState | None = None
-        self._checked = False
+        self._mark = ""  # of the weights after the newest step
         checkpoints = self._folder / CHECKPOINTS
         free = shutil.disk_usage(run).free // _SHARE
         self._disk = settings.disk if settings.disk is not None else free
@@ -273,7 +273,7 @@ class Recorder:
 
     def step(self, step: int, loss: float | None) -> None:
         """The optimizers have taken the step. Raises RecordingError if it cannot be written."""
-        line = {
+        line: dict[str, Any] = {
             "step": step,
             "batches": self._pending,
             "groups": [[hyperparameters(group) for group in o.param_groups] for o in self._optimizers],
@@ -281,6 +281,7 @@ class Recorder:
             "loss": loss,
             "mark": mark(self._names),
         }
+        self._mark = line["mark"]
         try:
             self._tape.append(line, self._tree.tensors)
         except OSError as error:
@@ -317,9 +318,9 @@ class Recorder:
             ) from error
 
     def close(self) -> None:
-        """Keep the weights of the run's end, too."""
+        """Keep the weights of the run's end, too, if they are still there."""
         try:
-            if self._steps:
+            if self._steps and self._mark == mark(self._names):
                 self._checkpoint(self._steps)
         finally:
             self._tape.close()

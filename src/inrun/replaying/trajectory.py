@@ -61,6 +61,11 @@ class Trajectory:
     def begin(self, step: int) -> None:
         """Put the model and its optimizers where the checkpoint after this step has them."""
         self.restore((step, *self.record.read(step)))
+        if step and mark(self.names) != self.record.line(step).mark:
+            raise RecordingError(
+                f"{self.record.folder}: the checkpoint of step {step} has other weights than the optimizers left: they "
+                "were changed between two steps, which a replay cannot repeat."
+            )
 
     def snapshot(self) -> Snapshot:
         """Where the model and its optimizers stand, on the host."""

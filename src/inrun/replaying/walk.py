@@ -162,14 +162,14 @@ class Backwards:
             moves = trajectory.moves(found)
             with torch.no_grad():
                 gamma = step_back(adjoint, moves, self._clip)
-            passed = self._passes.go(step, moves, gamma, curved=rho > 0, measured=measured)
+            passed = self._passes.go(step, moves, gamma, curved=rho > 0 and step > 1, measured=measured)
             for p, x in passed.hessian.items():
                 adjoint.weights[p] += x
             if rho < 1:
                 trajectory.restore_buffers(found)
                 adjoint.scale(rho)
                 if step > 1:
-                    for p, x in self._adjoint(self._on_the_way, step).weights.items():
+                    for p, x in self._adjoint(self._on_the_way, step - 1).weights.items():
                         adjoint.weights[p].add_(x, alpha=1 - rho)
         self._hessian_error = max(self._hessian_error, passed.error or 0.0)
         rate = max(group["lr"] for groups in found.line.groups for group in groups)
