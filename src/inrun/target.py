@@ -308,7 +308,9 @@ def _summed(found: Tensor, targets: Sequence[Target]) -> list[float]:
 
 
 def check_twice_differentiable(x: Tensor) -> None:
-    """Raise RuntimeError for a backward pass marked as once differentiable, which autograd.grad leaves out unsaid."""
+    """Raise RuntimeError where autograd.grad would leave a second derivative out unsaid: a backward pass marked as once
+    differentiable, and torch's weight norm, which takes the norm for a constant.
+    """
     seen, to_see = set(), [x.grad_fn]
     while to_see:
         node = to_see.pop()
@@ -318,6 +320,8 @@ def check_twice_differentiable(x: Tensor) -> None:
                 raise RuntimeError(
                     "a function marked with @once_differentiable: its second derivative is not implemented"
                 )
+            if node.name().startswith("WeightNormInterfaceBackward"):
+                raise RuntimeError("torch's weight_norm: its second derivative is not implemented rightly")
             to_see += [following for following, _ in node.next_functions]
 
 

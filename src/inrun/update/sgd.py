@@ -55,7 +55,7 @@ class SGDUpdate(Update):
     def back(self, moved: Moved, weight: Tensor, state: Mapping[str, Tensor]) -> Back:
         group, momentum = moved.group, moved.group["momentum"]
         move = -float(group["lr"]) * weight
-        gradient, before = move, {}
+        gradient, before = move, dict(state)  # a buffer is left as it is while momentum is zero
         if momentum != 0:
             first = moved.state.get("momentum_buffer") is None
             buffer = move * momentum if group["nesterov"] else move
@@ -64,8 +64,7 @@ class SGDUpdate(Update):
             gradient = buffer * (1.0 if first else 1 - group["dampening"])
             if group["nesterov"]:
                 gradient = gradient + move
-            if not first:
-                before["momentum_buffer"] = momentum * buffer
+            before = {} if first else {"momentum_buffer": momentum * buffer}
         if group["weight_decay"] != 0:
             weight = weight + group["weight_decay"] * gradient
         return -gradient if group["maximize"] else gradient, weight, before
