@@ -9,6 +9,7 @@ f M the gradient that the optimizer received and M the one that backward made, f
 and lambda before the step is what `back` says, plus the Hessian of the batch's loss times gamma (passes.py).
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -32,7 +33,7 @@ class Adjoint:
 
     def norms(self) -> Tensor:
         """Of the weights' part, by target, float64."""
-        squares = [x.flatten(1).double().square().sum(dim=1) for x in self.weights.values()]
+        squares = [_rows(x).double().square().sum(dim=1) for x in self.weights.values()]
         return torch.stack(squares).sum(dim=0).sqrt()
 
     def scale(self, factor: float) -> None:
@@ -86,7 +87,7 @@ class Clip:
             for p, x in gamma.items():
                 x.mul_(moves[p].gradient.abs() <= self.value)
         elif factor < 1.0 and self.norm is not None:
-            inner = [(x.double() * moves[p].gradient).flatten(1).sum(dim=1) for p, x in gamma.items()]
+            inner = [_rows(x.double() * moves[p].gradient).sum(dim=1) for p, x in gamma.items()]
             along = torch.stack(inner).sum(dim=0) * (self.norm / (n * (n + 1e-6) ** 2))
             for p, x in gamma.items():
                 part = along.to(x.dtype).view(-1, *[1] * (x.ndim - 1))
@@ -108,17 +109,17 @@ def step_back(adjoint: Adjoint, moves: Moves, clip: Clip) -> dict[nn.Parameter, 
 
 def _back(moved: Moved, weight: Tensor, state: dict[str, Tensor]) -> Tensor:
     """The optimizer's own part, block by block: `weight` and `state` are written to, gamma is returned."""
-    dtype, entries = wide(moved.weight.dtype), moved.weight.numel()
-    gamma, flat = torch.empty_like(weight), weight.view(len(weight), -1)
+    dtype, entries, moved = wide(moved.weight.dtype), moved.weight.numel(), _contiguous(moved)
+    gamma, flat = torch.empty_like(weight), weight.view(len(weight), entries)
     found: dict[str, Tensor] = {}
-    held = {key: x.view(len(weight), -1) for key, x in state.items()}
+    held = {key: x.view(len(weight), entries) for key, x in state.items()}
     block = max(_BLOCK // len(weight), 1) if weight.device.type == "cpu" else max(entries, 1)
     for begin in range(0, entries, block):
         part = slice(begin, begin + block)
         g, w, before = moved.update.back(
             _part(moved, part, dtype), flat[:, part], {key: x[:, part] for key, x in held.items()}
         )
-        gamma.view(len(weight), -1)[:, part] = g
+        gamma.view(len(weight), entries)[:, part] = g
         flat[:, part] = w
         for key, x in before.items():
             if key not in found:
@@ -127,6 +128,17 @@ def _back(moved: Moved, weight: Tensor, state: dict[str, Tensor]) -> Tensor:
     state.clear()
     state.update({key: x.view_as(weight) for key, x in found.items()})
     return gamma
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[targets, numbers] of [targets, *shape], where the shape may be that of a single number."""
+    return x.reshape(len(x), math.prod(x.shape[1:]))
+
+
+def _contiguous(moved: Moved) -> Moved:
+    """With its tensors laid out in the order of their indices."""
+    state = {key: x.contiguous() if isinstance(x, Tensor) else x for key, x in moved.state.items()}
+    return replace(moved, weight=moved.weight.contiguous(), gradient=moved.gradient.contiguous(), state=state)
 
 
 def _part(moved: Moved, part: slice, dtype: torch.dtype) -> Moved:
