@@ -277,8 +277,9 @@ class Attributor:
                 tensor, an array or a sequence of sequences. A document's value is then the sum of its tokens' values
                 (docs/parts.md), and `last.ids` are the documents, each once for this block. Tokens of no document have
                 -1, or None in a list; what went through them is nobody's, and unexplained in the books.
-            data: of a replayable run, what the batch's loss is made of, to be kept for `inrun.replay`: tensors,
-                numbers, strings, and lists, tuples and mappings of them. None: a replay makes it of the ids.
+            data: of a replayable run, what the batch's loss is made of, to be kept for `inrun.replay` as it is before
+                the block: tensors, numbers, strings, and lists, tuples and mappings of them. None: a replay makes it of
+                the ids.
 
         Raises:
             InrunError: ids of another number than the batch's examples, or of other types; no backward pass in the
@@ -305,14 +306,14 @@ class Attributor:
         if self._pending and self._received.left_out(anywhere):
             self.discard()
         self._games = {}
+        if self._recorder is not None:
+            self._recorder.begin(self.step, data, first=not self._pending)
         self._open = True
         if not self._pending:
             self._kernels.begin()
             self._problem, self._weights = None, {}
             if self._refresh == 1:
                 self._account.forget()  # a block before this one may have failed, and the weights been loaded anew
-        if self._recorder is not None:
-            self._recorder.begin(self.step, first=not self._pending)
         examples = len(found) if packed is None else len(packed.documents)
         by_token = packed is not None or self._token_values
         captured = Captured(examples, Formed(examples, self._names, self._pool), packed=packed, by_token=by_token)
@@ -335,7 +336,7 @@ class Attributor:
         if sum(m.captured.size() for m in (*self._pending, microbatch) if not m.captured.spilled) > self._room:
             self._spill(microbatch)
         if self._recorder is not None:
-            self._recorder.add(ids, data, self._capture.autocast)
+            self._recorder.add(ids, self._capture.autocast)
         self._pending.append(microbatch)
         self._received.keep()
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from inrun.capture import Capture
 from inrun.captured import Captured
 from inrun.direction import Direction, Scheme, displaced
+from inrun.errors import InrunError
 from inrun.formed import Formed, Pool
 from inrun.gradient import Received, wide
 from inrun.kernels import Kernels
@@ -44,7 +45,7 @@ _NO_SECOND = (
     "not implemented",
     "does not support double backward",
     "once_differentiable",
-    "not compatible with .grad()",
+    "compatible with .grad()",
 )
 
 
@@ -114,9 +115,17 @@ class Passes:
             self.hessian = self._chosen(batches, moves, gamma)
         double = curved and self.hessian == "double"
         pending, products = [], _zeros(gamma)
+        self._trajectory.restore_buffers()
         for batch in batches:
-            with plain_kernels() if double else nullcontext():
-                microbatch, product = self._pass(batch, gamma if double else {})
+            try:
+                with plain_kernels() if double else nullcontext():
+                    microbatch, product = self._pass(batch, gamma if double else {})
+            except RuntimeError as problem:
+                if not double or not _no_second(problem):
+                    raise
+                raise InrunError(
+                    f"step {step}: the training loss has no double backward pass ({problem}): use hessian='difference'."
+                ) from problem
             pending.append(microbatch)
             for p, x in product.items():
                 products[p] += x
@@ -145,7 +154,11 @@ class Passes:
         with uncompiled(), self._capture.batch(captured, _nothing):
             loss = self._trajectory.loss(batch)
             parameters = [p for p in self._names if p.requires_grad]
-            gradients = torch.autograd.grad(loss, parameters, create_graph=bool(gamma), allow_unused=True)
+            gradients: Sequence[Tensor | None]
+            if gamma:
+                gradients = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
+            else:
+                gradients = self._backward(loss, parameters)
             for call in captured.calls:
                 call.ended = True
             if gamma:
@@ -156,13 +169,23 @@ class Passes:
         """The gradient of the step's loss at the weights as they are."""
         parameters = [p for p in self._names if p.requires_grad]
         whole = {p: torch.zeros_like(p, dtype=wide(p.dtype)) for p in parameters}
+        self._trajectory.restore_buffers()
         for batch in batches:
             with plain_kernels() if plain else nullcontext():
-                gradients = torch.autograd.grad(self._trajectory.loss(batch), parameters, allow_unused=True)
+                gradients = self._backward(self._trajectory.loss(batch), parameters)
             for p, g in zip(parameters, gradients, strict=True):
                 if g is not None:
                     whole[p] += g
         return whole
+
+    def _backward(self, loss: Tensor, parameters: Sequence[nn.Parameter]) -> tuple[Tensor | None, ...]:
+        """The gradient as training has it: reentrant checkpoints know no other way."""
+        try:
+            loss.backward()  # type: ignore[no-untyped-call]
+            return tuple(p.grad for p in parameters)
+        finally:
+            for p in self._trajectory.model.parameters():
+                p.grad = None
 
     def _chosen(self, batches: Sequence[Batch], moves: Moves, gamma: Mapping[nn.Parameter, Tensor]) -> Hessian:
         """ "double", if it can be had of this step's first batch, and the plain kernels compute what the run did."""
@@ -173,11 +196,12 @@ class Passes:
         bound = max(_HALF_APART if halves else _APART.get(p.dtype, _HALF_APART) for p in moves)
         if not apart <= bound**2 * whole:
             return "difference"
+        self._trajectory.restore_buffers()
         try:
             with plain_kernels():
                 self._pass(batches[0], {p: x[:1] for p, x in gamma.items()})
         except RuntimeError as error:
-            if not any(words in str(error) for words in _NO_SECOND):
+            if not _no_second(error):
                 raise
             return "difference"
         return "double"
@@ -217,6 +241,10 @@ class Passes:
             with displaced({p: (x * (sign * e)).to(p.dtype) for p, x in along.items()}):
                 ends.append(self._gradient(batches))
         return {p: ends[0][p].sub_(ends[1][p]).div_(2 * e) for p in along}
+
+
+def _no_second(error: RuntimeError) -> bool:
+    return any(words in str(error) for words in _NO_SECOND)
 
 
 def _nothing() -> None:

@@ -1,7 +1,8 @@
 """A recording, read: what every step was made of, and the checkpoints to begin from."""
 
+import copy
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,10 @@ class Batch:
     random: dict[str, Tensor]
     autocast: torch.dtype | None
     modes: str
+
+    def fresh(self) -> Any:
+        """The data, to be given away: a loss may write to its tensors, and take entries out of its mappings."""
+        return _fresh(self.data)
 
 
 @dataclass(frozen=True)
@@ -121,6 +126,16 @@ _WHAT = {
     "modules": "the model's modules are",
     "frozen": "the numbers of the parameters that are not trained are",
 }
+
+
+def _fresh(x: Any) -> Any:
+    if isinstance(x, Tensor):
+        return x.clone()
+    if type(x) is dict:
+        return {key: _fresh(value) for key, value in x.items()}
+    if type(x) in (list, tuple):
+        return type(x)(_fresh(one) for one in x)
+    return copy.copy(x) if isinstance(x, MutableMapping) else x
 
 
 def _on(x: Any, device: torch.device) -> Any:

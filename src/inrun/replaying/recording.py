@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -103,10 +104,35 @@ def held_by(
 
 
 def hyperparameters(group: Mapping[str, Any]) -> dict[str, Any]:
-    """A parameter group's, as JSON holds them."""
+    """A parameter group's, as JSON holds them. Raises RecordingError for one that JSON holds otherwise."""
+    found = {k: _plain(v) for k, v in group.items() if k != "params"}
+    for name, x in found.items():
+        if isinstance(x, np.generic) and not isinstance(x, float) and name != "initial_lr":
+            raise RecordingError(
+                f"the optimizer's {name} is a numpy {x.dtype}, by which torch's arithmetic rounds otherwise than by a "
+                f"number of Python: set float({name})."
+            )
     kinds = (bool, int, float, str, type(None))
-    found = {k: float(v) if isinstance(v, Tensor) else v for k, v in group.items() if k != "params"}
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in found.items() if isinstance(v, (*kinds, tuple))}
+    return {
+        k: x
+        for k, x in found.items()
+        if isinstance(x, kinds) or (isinstance(x, list) and all(isinstance(one, kinds) for one in x))
+    }
+
+
+def _plain(x: Any) -> Any:
+    """Without tensors and tuples."""
+    if isinstance(x, list | tuple):
+        return [_plain(one) for one in x]
+    return x.item() if isinstance(x, Tensor) and x.numel() == 1 else x
+
+
+def _listed(ids: Any) -> Any:
+    """Ids as lists of plain values."""
+    ids = ids.tolist() if hasattr(ids, "tolist") else ids
+    if isinstance(ids, Sequence) and not isinstance(ids, str):
+        return [_listed(one) for one in ids]
+    return ids
 
 
 def about(model: nn.Module, optimizers: Sequence[Optimizer], names: Mapping[nn.Parameter, str]) -> dict[str, Any]:
@@ -144,6 +170,8 @@ class Recorder:
         self._model, self._optimizers, self._names = model, optimizers, names
         self._every = settings.every
         self._pending, self._tree = list[dict[str, Any]](), Tree()  # of the step's batches so far
+        self._data: Any = None  # of the batch whose block is open
+        self._added = 0  # tensors of whole blocks in the tree
         self._random: dict[str, Tensor] = {}  # as written last
         self._ahead: RandomState | None = None
         self._mark = ""  # of the weights after the newest step
@@ -215,21 +243,26 @@ class Recorder:
         """Files by step, in their order."""
         return checkpoints_in(self._folder)
 
-    def begin(self, step: int, *, first: bool) -> None:
-        """A batch's block begins, in a run that has done so many steps; `first`: of its step."""
+    def begin(self, step: int, data: Any, *, first: bool) -> None:
+        """A batch's block begins, in a run that has done so many steps; `first`: of its step.
+
+        `data`: what makes its loss, as it is before the block, which may write to it; None: only the ids are kept.
+        """
         if first:
             self.discard()
             if step % self._every == 0:
                 self._checkpoint(step)
+        del self._tree.tensors[self._added :]  # of a block that failed
+        self._data = None if data is None else self._tree.of(data, "data")
         self._ahead = RandomState(self._model)
 
-    def add(self, ids: Any, data: Any, autocast: torch.dtype | None) -> None:
-        """What the block was. `data`: what makes its loss; None: nothing is kept of it but the ids."""
+    def add(self, ids: Any, autocast: torch.dtype | None) -> None:
+        """What the block was, that is at its end."""
         assert self._ahead is not None
         tree, state = self._tree, self._ahead.tensors()
         line: dict[str, Any] = {
-            "ids": tree.of(ids.tolist() if hasattr(ids, "tolist") else list(ids), "ids"),
-            "data": None if data is None else tree.of(data, "data"),
+            "ids": tree.of(_listed(ids), "ids"),
+            "data": self._data,
             "random": {},
             "autocast": None if autocast is None else str(autocast).removeprefix("torch."),
             "modes": "".join("1" if m.training else "0" for m in self._model.modules()),
@@ -238,14 +271,14 @@ class Recorder:
         for name, x in state.items():
             if name not in self._random or not torch.equal(self._random[name], x):
                 line["random"][name] = tree.of(x, name)
-        self._random = state
+        self._random, self._added = state, len(tree.tensors)
         self._pending.append(line)
 
     def discard(self) -> None:
         """The batches since the last step move nothing."""
         if self._pending:
             self._random = {}  # what they changed is not written
-        self._pending, self._tree = [], Tree()
+        self._pending, self._tree, self._added = [], Tree(), 0
 
     def check_gradient(self, step: int, made: float, received: float) -> None:
         """Hold the norms of the gradient that backward made and of what the optimizers receive against the settings.
@@ -288,7 +321,7 @@ class Recorder:
             raise RecordingError(
                 f"{self._folder}: step {step} could not be recorded ({error.strerror or error}): free space there."
             ) from error
-        self._pending, self._tree, self._steps = [], Tree(), step
+        self._pending, self._tree, self._added, self._steps = [], Tree(), 0, step
 
     def _checkpoint(self, step: int) -> None:
         found = self.checkpoints()

@@ -84,7 +84,8 @@ class Tape:
         places = []
         for x in tensors:
             raw = as_bytes(x)
-            places.append([self._tensors.tell(), str(x.dtype).removeprefix("torch."), list(x.shape)])
+            layout = [] if x.is_contiguous() else [list(x.stride())]  # by which operators choose how to compute
+            places.append([self._tensors.tell(), str(x.dtype).removeprefix("torch."), list(x.shape), *layout])
             self._tensors.write(raw.data)
         text = json.dumps(_with_places(line, places))
         self._lines.write(text.encode() + b"\n")
@@ -131,7 +132,7 @@ def read_lines(folder: Path) -> list[tuple[dict[str, Any], int, int]]:
                 line = json.loads(raw)
             except ValueError as error:
                 raise RecordingError(f"{path}: line {len(found) + 1} is damaged ({error}): restore a copy.") from error
-            ends = [at + _size(dtype, shape) for at, dtype, shape in placed(line)]
+            ends = [at + _size(dtype, shape) for at, dtype, shape, *_ in placed(line)]
             room = max([room, *ends])
             if room > size:
                 break
@@ -147,10 +148,11 @@ def restored(x: Any, tensors: np.ndarray[Any, Any]) -> Any:
     """What a line holds, with its tensors."""
     if isinstance(x, dict):
         if x.keys() == {_PLACE}:
-            at, dtype, shape = x[_PLACE]
+            at, dtype, shape, *layout = x[_PLACE]
             kind = getattr(torch, dtype)
             raw = torch.from_numpy(np.array(tensors[at : at + _size(dtype, shape)]))
-            return raw.view(kind).view(shape) if raw.numel() else torch.empty(shape, dtype=kind)
+            found = raw.view(kind).view(shape) if raw.numel() else torch.empty(shape, dtype=kind)
+            return torch.empty_strided(shape, layout[0], dtype=kind).copy_(found) if layout else found
         if x.keys() == {_TUPLE}:
             return tuple(restored(one, tensors) for one in x[_TUPLE])
         return {key: restored(value, tensors) for key, value in x.items()}

@@ -56,6 +56,7 @@ class Trajectory:
         self._optimizers, self._train_loss, self._batch_of = optimizers, train_loss, batch_of
         self.device = next(iter(names)).device
         self._buffers: dict[str, Tensor] = {}
+        self._met: dict[str, Tensor] = {}  # buffers that the step found which is gone back through
         self.step = -1  # that the model stands after
 
     def begin(self, step: int) -> None:
@@ -98,7 +99,7 @@ class Trajectory:
         RandomState.of(self.model, batch.random).restore()
         cast = torch.autocast(self.device.type, batch.autocast or torch.bfloat16, batch.autocast is not None)
         with torch.enable_grad(), cast:
-            loss = self._train_loss(self.model, batch.data)
+            loss = self._train_loss(self.model, batch.fresh())
         if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
             raise RecordingError(
                 "train_loss(model, batch) must return the scalar tensor that backward() was called on in the run, with "
@@ -190,15 +191,16 @@ class Trajectory:
         with torch.no_grad():
             for p, x in found.weights.items():
                 p.copy_(x)
-        self.restore_buffers(found)
+        self._met = found.buffers
+        self.restore_buffers()
         yield
-        self.restore_buffers(found)
+        self.restore_buffers()
 
-    def restore_buffers(self, found: Found) -> None:
-        """The model's buffers as the step found them."""
+    def restore_buffers(self) -> None:
+        """The model's buffers as the step found them, inside of `before`; a forward pass may write to them."""
         with torch.no_grad():
             for name, x in self.model.named_buffers():
-                x.copy_(found.buffers[name])
+                x.copy_(self._met[name])
 
     def state_size(self) -> int:
         """Bytes of host memory that a step's `Found` takes."""

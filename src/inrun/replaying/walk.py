@@ -146,7 +146,8 @@ class Backwards:
             p = parameters[k]
             return torch.zeros_like(p, dtype=wide(p.dtype)) if g is None else g.to(wide(p.dtype))
 
-        return Adjoint({p: torch.stack([of(k, gs[k]) for _, gs in found]).detach() for k, p in enumerate(parameters)})
+        stacked = {p: torch.stack([of(k, gs[k]) for _, gs in found]).detach() for k, p in enumerate(parameters)}
+        return Adjoint({p: x.contiguous() for p, x in stacked.items()})
 
     def _back(self, found: Found, adjoint: Adjoint, measured: bool) -> None:
         """One step: its values, and the adjoint as it was before it."""
@@ -166,7 +167,7 @@ class Backwards:
             for p, x in passed.hessian.items():
                 adjoint.weights[p] += x
             if rho < 1:
-                trajectory.restore_buffers(found)
+                trajectory.restore_buffers()
                 adjoint.scale(rho)
                 if step > 1:
                     for p, x in self._adjoint(self._on_the_way, step - 1).weights.items():

@@ -1,0 +1,137 @@
+"""Models, data and settings out of the ordinary, each replayed and held against a training of its own."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+from torch.nn.utils.parametrizations import weight_norm
+from torch.utils.checkpoint import checkpoint
+
+from inrun.update import Moved, SGDUpdate
+from tests.models import CASES
+from tests.replaying import runs
+from tests.replaying.runs import Run
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+
+class Scaled(nn.Module):
+    """Another model's output times a parameter that is a single number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model, self.by = CASES["mlp"].build(), nn.Parameter(torch.tensor(0.7))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.as_tensor(self.model(x) * self.by)
+
+
+class Counting(nn.Module):
+    """Every forward pass in training finds another buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = CASES["mlp"].build()
+        self.by: torch.Tensor
+        self.register_buffer("by", torch.tensor(1.0))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.model(x) * self.by.clone()
+        if self.training:
+            self.by.mul_(1.3)
+        return torch.as_tensor(y)
+
+
+class Reentrant(nn.Module):
+    """Has no second derivative, and no gradient but by backward()."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model, self.after = CASES["mlp"].build(), nn.Sequential(nn.Linear(3, 3), nn.Tanh())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.model(x)
+        return torch.as_tensor(checkpoint(self.after, x, use_reentrant=True) if self.training else self.after(x))
+
+
+def channels_last() -> nn.Module:
+    model = CASES["convolutional"].build()
+    for p in model.parameters():
+        if p.ndim == 4:
+            p.data = p.data.contiguous(memory_format=torch.channels_last)
+    return model
+
+
+def normed() -> nn.Module:
+    first, *rest = CASES["mlp"].build().children()
+    return nn.Sequential(weight_norm(first), *rest)
+
+
+def close_to_retraining(run: Run, **settings: Any) -> None:
+    """One use's value is what a training with another weight of it loses."""
+    run.record()
+    found = run.values(run.replay(**settings))
+    e = 1e-4
+    slope = (run.retrained(1, 0, 1 + e) - run.retrained(1, 0, 1 - e)) / (2 * e)
+    assert abs(-slope - float(found[0][0])) < 1e-5 * max(float(x.abs().max()) for x in found)
+
+
+@pytest.mark.parametrize(
+    ("case", "build"),
+    [
+        ("mlp", Scaled),
+        ("mlp", Counting),
+        ("mlp", Reentrant),
+        ("mlp", normed),
+        ("convolutional", channels_last),
+    ],
+)
+def test_models_out_of_the_ordinary(tmp_path: Path, case: str, build: Any) -> None:
+    run = Run(replace(CASES[case], build=build), "momentum", 0.3, steps=3, folder=tmp_path / "run")
+    close_to_retraining(run)
+
+
+def test_a_model_that_counts_its_passes_is_replayed_by_differences_too(tmp_path: Path) -> None:
+    run = Run(replace(CASES["mlp"], build=Counting), "momentum", 0.3, steps=3, folder=tmp_path / "run")
+    close_to_retraining(run, hessian="difference")
+
+
+def test_betas_may_be_a_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def listed(parameters: Any) -> torch.optim.Optimizer:
+        return torch.optim.AdamW([{"params": parameters, "betas": [0.8, 0.9]}], lr=1e-2)
+
+    monkeypatch.setitem(runs.OPTIMIZERS, "adamw", listed)
+    close_to_retraining(Run(steps=3, folder=tmp_path / "run"))
+
+
+def test_a_momentum_of_zero_leaves_what_later_steps_owe_to_the_buffer() -> None:
+    group = {"lr": 0.1, "momentum": 0.0, "dampening": 0.0, "nesterov": False, "weight_decay": 0.0, "maximize": False}
+    w, buffer = torch.randn(3), torch.randn(2, 3)
+    moved = Moved(w, w, {"momentum_buffer": w}, group, SGDUpdate())
+    gradient, _, before = moved.update.back(moved, torch.ones(2, 3), {"momentum_buffer": buffer})
+    assert torch.equal(before["momentum_buffer"], buffer)
+    assert torch.allclose(gradient, torch.full((2, 3), -0.1))
+
+
+def taking(model: nn.Module, batch: Any) -> torch.Tensor:
+    """A loss that takes its batch apart, and writes to it."""
+    y = batch.pop("y")
+    return cross_entropy(model(batch["x"].mul_(1.5)), y, reduction="none")
+
+
+@pytest.mark.parametrize("hessian", ["double", "difference"])
+def test_a_loss_may_use_its_batch_up_and_the_batch_any_layout(tmp_path: Path, hessian: str) -> None:
+    def batch(n: int, seed: int) -> Any:
+        x, y = CASES["mlp"].batch(n, seed)
+        return {"x": x.t().contiguous().t(), "y": y}
+
+    def loss(model: nn.Module, batch: Any) -> torch.Tensor:
+        return taking(model, dict(batch, x=batch["x"].clone()))
+
+    run = Run(replace(CASES["mlp"], batch=batch, losses=loss), "momentum", 0.3, steps=3, folder=tmp_path / "run")
+    run.losses = lambda model, batch: taking(model, batch) / 8  # type: ignore[method-assign]
+    close_to_retraining(run, hessian=hessian)
