@@ -1,5 +1,6 @@
 """Models, data and settings out of the ordinary, each replayed and held against a training of its own."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,13 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils.parametrizations import weight_norm
 from torch.utils.checkpoint import checkpoint
 
+from inrun import InrunError, RecordingError, replay
+from inrun.replaying import walk
 from inrun.update import Moved, SGDUpdate
 from tests.models import CASES
 from tests.replaying import runs
-from tests.replaying.runs import Run
+from tests.replaying.runs import Run, largest_difference
+from tests.replaying.test_values import unrolled
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -135,3 +139,79 @@ def test_a_loss_may_use_its_batch_up_and_the_batch_any_layout(tmp_path: Path, he
     run = Run(replace(CASES["mlp"], batch=batch, losses=loss), "momentum", 0.3, steps=3, folder=tmp_path / "run")
     run.losses = lambda model, batch: taking(model, batch) / 8  # type: ignore[method-assign]
     close_to_retraining(run, hessian=hessian)
+
+
+def stopped(run: Run) -> None:
+    """A replay that breaks off with its last step."""
+
+    def stop(done: float, steps: int, loss: float | None) -> None:
+        if done >= run.steps - 1:
+            raise KeyboardInterrupt
+
+    model, optimizer = run.make()
+    with pytest.raises(KeyboardInterrupt):
+        replay(
+            run.folder,
+            {"t": run.target()},
+            run.case.loss,
+            model=model,
+            optimizer=optimizer,
+            train_loss=run.loss,
+            progress=stop,
+        )
+
+
+def test_values_by_an_end_that_the_run_has_no_more_are_not_gone_on_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(walk, "_SAVE_EVERY", 0.0)
+    run = Run(folder=tmp_path / "run", steps=4)
+    run.record(until=3)
+    run.replay({"early": run.target()})
+    run.record(resume=True)
+    with pytest.raises(InrunError, match=r"replay has values by the run's end after step 3; .* to step 4"):
+        run.replay({"early": run.target()})
+    shutil.rmtree(run.folder / "schemes")
+    stopped(run)
+    run.rates = (0.1, 0.2, 0.3, 0.6)  # of another fourth step
+    run.record(resume=True)
+    assert largest_difference(run.values(run.replay()), unrolled(run)) < 1e-8
+
+
+def test_one_target_is_replayed_by_one_process_at_a_time(tmp_path: Path) -> None:
+    run = Run(folder=tmp_path / "run", steps=2)
+    run.record()
+    model, optimizer = run.make()
+
+    def at_once(done: float, steps: int, loss: float | None) -> None:
+        with pytest.raises(InrunError, match="another process replays this run"):
+            run.replay()
+
+    target = {"t": run.target()}
+    replay(run.folder, target, run.case.loss, model=model, optimizer=optimizer, train_loss=run.loss, progress=at_once)
+    assert len(run.values(run.replay())) == 2
+
+
+def test_weights_that_are_others_when_it_closes_are_not_the_runs_end(tmp_path: Path) -> None:
+    run = Run(folder=tmp_path / "run", steps=3)
+    whole = Run(folder=tmp_path / "whole", steps=3)
+    whole.record()
+
+    def spoil(step: int, model: nn.Module) -> None:
+        if step == 3:
+            model.load_state_dict(run.make()[0].state_dict())
+
+    run.wrong = spoil
+    run.record()
+    run.wrong = whole.wrong
+    assert largest_difference(run.values(run.replay()), whole.values(whole.replay())) == 0
+
+
+def test_a_recording_that_misses_a_step_stops_the_run(tmp_path: Path) -> None:
+    run = Run(folder=tmp_path / "run", steps=3)
+    run.record(until=1)
+    (run.folder / "run.json").unlink()
+    for kind in ("values", "steps"):
+        shutil.rmtree(run.folder / kind)
+    with pytest.raises(RecordingError, match=r"ends with step 1, and this is step 1.*in another folder"):
+        run.record()

@@ -74,3 +74,15 @@ def locked(path: Path) -> Iterator[None]:
         if os.name != "nt":
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def lock_at_once(path: Path) -> BinaryIO:
+    """A lock that is held until the file is closed. Raises BlockingIOError if another has it. (None on Windows.)"""
+    file = open(path, "wb")  # noqa: SIM115 - it is given back
+    try:
+        if os.name != "nt":
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        raise
+    return file

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from inrun.ledger.batch import Booked, batch_of
 from inrun.ledger.checks import check_ids, check_step_row
-from inrun.ledger.files import list_temps, parquet, sync_folder, write_whole
+from inrun.ledger.files import list_temps, lock_at_once, locked, parquet, sync_folder, write_whole
 from inrun.ledger.schema import FORMAT, RUN, STEPS, VALUES, LedgerError, list_parts, part_name, read_run, scan
 from inrun.replaying.store import place_of, read_tensors, write_tensors
 from inrun.step import Step
@@ -37,33 +37,50 @@ def place_of_scheme(run: Path, name: str) -> Path:
     return run / "schemes" / name
 
 
-def replayed(run: Path, name: str) -> dict[str, str]:
-    """The targets that a scheme has values of, each with its mark."""
+End = tuple[int, str]  # of a run: its last step, and the mark of the weights after it
+
+
+def replayed(run: Path, name: str, end: End) -> dict[str, str]:
+    """The targets that a scheme has values of, each with its mark.
+
+    Raises LedgerError if they are by another end than the run has now.
+    """
     folder = place_of_scheme(run, name)
     if not (folder / RUN).exists():
         return {}
-    return {target: of["mark"] for target, of in read_run(folder)["targets"].items()}
+    found = read_run(folder)
+    if (found["steps"], found.get("end", end[1])) != end:
+        raise LedgerError(
+            f"{folder} has values by the run's end after step {found['steps']}; the run was trained on since, to step "
+            f"{end[0]}, and has another end. Remove that folder, or move it elsewhere, and call replay again."
+        )
+    return {target: of["mark"] for target, of in found["targets"].items()}
 
 
 class Walk:
     """What one replay has found so far; it goes on from there if it was stopped."""
 
-    def __init__(self, run: Path, name: str, horizon: float | None, targets: Mapping[str, str], steps: int) -> None:
-        self._run, self._name, self._horizon, self._targets, self._steps = run, name, horizon, dict(targets), steps
-        key = hashlib.sha256(json.dumps([name, self._targets, steps]).encode()).hexdigest()[:16]
+    def __init__(self, run: Path, name: str, horizon: float | None, targets: Mapping[str, str], end: End) -> None:
+        self._run, self._name, self._horizon, self._targets, self._end = run, name, horizon, dict(targets), end
+        key = hashlib.sha256(json.dumps([name, self._targets, *end]).encode()).hexdigest()[:16]
         self._folder = place_of(run) / "walks" / key
         self._booked: list[Booked] = []
         self.rows = 0  # that wait to be written
         try:
             for kind in (VALUES, STEPS):
                 (self._folder / kind).mkdir(parents=True, exist_ok=True)
+            self._lock = lock_at_once(self._folder / "lock")
+        except BlockingIOError as error:
+            raise LedgerError(
+                f"{self._folder}: another process replays this run for the same targets: wait for its end."
+            ) from error
         except OSError as error:
             raise LedgerError(f"{self._folder}: could not be made ({error.strerror or error}): free space.") from error
 
     def resumed(self) -> tuple[int, dict[str, Tensor], dict[str, Any]] | None:
         """The step that it had come back to, the adjoint there and what else was saved; None if it begins anew."""
         path = self._folder / _ADJOINT
-        tensors, told = read_tensors(path) if path.exists() else ({}, {"step": self._steps})
+        tensors, told = read_tensors(path) if path.exists() else ({}, {"step": self._end[0]})
         for kind in (VALUES, STEPS):
             for part in list_parts(self._folder, kind):
                 if part.first <= told["step"]:  # written, but not the adjoint that belongs to it
@@ -87,8 +104,17 @@ class Walk:
         self._booked, self.rows = [], 0
         write_tensors(self._folder / _ADJOINT, adjoint, {"step": step, **numbers})
 
+    def close(self) -> None:
+        """Let another replay go on from here."""
+        self._lock.close()
+
     def finish(self, about: Mapping[str, Any]) -> None:
         """Bring the values into the run's ledger, and remove what was kept on the way."""
+        with locked(place_of(self._run) / "finish.lock"):  # for other targets, others may come to their end
+            self._write(about)
+        shutil.rmtree(self._folder)
+
+    def _write(self, about: Mapping[str, Any]) -> None:
         folder = place_of_scheme(self._run, self._name)
         try:
             for kind in (VALUES, STEPS):
@@ -111,14 +137,14 @@ class Walk:
                 f"{folder}: the values could not be written ({error.strerror or error}): free space there, and call "
                 "replay again; it has nothing to repeat."
             ) from error
-        shutil.rmtree(self._folder)
 
     def _begun(self) -> dict[str, Any]:
         return {
             "format": FORMAT,
             "scheme": "replay",
             "horizon": self._horizon,
-            "steps": self._steps,
+            "steps": self._end[0],
+            "end": self._end[1],
             "units": {"value": "nats of target loss at the end of the run", "positive": "the use lowered it"},
             "versions": {"inrun": version("inrun"), "torch": torch.__version__},
             "targets": {},

@@ -112,7 +112,8 @@ def replay(
     evaluation = Evaluation(processes)
     found = [Target(name, batches, loss, evaluation) for name, batches in targets.items()]
     name, marks = scheme_name(horizon), {target.name: target.mark() for target in found}
-    there = replayed(folder, name)
+    end = (record.steps, record.lines[-1].mark)
+    there = replayed(folder, name, end)
     for target, mark in marks.items():
         if there.get(target, mark) != mark:
             raise InrunError(
@@ -126,21 +127,24 @@ def replay(
         raise RecordingError(f"{record.folder}: the checkpoint of the run's beginning is missing: restore it.")
     trajectory = Trajectory(record, processes.model, optimizers, names, train_loss or loss, batch_of)
     evaluation.autocast = trajectory.batches(record.steps)[-1].autocast
-    walk = Walk(folder, name, horizon, {target.name: marks[target.name] for target in missing}, record.steps)
-    passes = Passes(trajectory, processes, Units(processes.model, names), missing, record.about["batch_dim"], hessian)
+    if memory != "auto" and (isinstance(memory, str) or memory < 0):
+        raise InrunError(f"memory={memory!r}: give a number of bytes, or 'auto'.")
     room = (free_memory() // 2 if memory == "auto" else memory) // max(trajectory.state_size(), 1)
-    batches = {target.name: target.batches for target in missing}
     modes = [(module, module.training) for module in processes.model.modules()]
+    walk = Walk(folder, name, horizon, {target.name: marks[target.name] for target in missing}, end)
+    passes = Passes(trajectory, processes, Units(processes.model, names), missing, record.about["batch_dim"], hessian)
+    batches = {target.name: target.batches for target in missing}
     backwards = Backwards(trajectory, passes, walk, batches, loss, evaluation, horizon, room, progress or _Line())
     try:
         with preserved_random_state(processes.model):
             told = backwards.go()
             backwards.to_end()
+        walk.finish({key: told[key] for key in ("hessian", "hessian_error", "at_end", "largest", "losses")})
     finally:
+        walk.close()
         passes.detach()
         for module, mode in modes:
             module.training = mode
-    walk.finish({key: told[key] for key in ("hessian", "hessian_error", "at_end", "largest", "losses")})
     return Ledger(folder, scheme=name)
 
 

@@ -150,20 +150,24 @@ class Passes:
         examples = len(ids) if packed is None else len(packed.documents)
         formed = Formed(examples, self._names, self._pool)
         captured = Captured(examples, formed, packed=packed, by_token=packed is not None)
-        found: dict[nn.Parameter, Tensor] = {}
         with uncompiled(), self._capture.batch(captured, _nothing):
-            loss = self._trajectory.loss(batch)
-            parameters = [p for p in self._names if p.requires_grad]
-            gradients: Sequence[Tensor | None]
             if gamma:
-                gradients = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
+                found = self._twice(batch, gamma, captured)
             else:
-                gradients = self._backward(loss, parameters)
-            for call in captured.calls:
-                call.ended = True
-            if gamma:
-                found = _products(parameters, gradients, gamma)
+                self._backward(self._trajectory.loss(batch), ())
+                found = {}
         return Microbatch(ids, captured), found
+
+    def _twice(
+        self, batch: Batch, gamma: Mapping[nn.Parameter, Tensor], captured: Captured | None = None
+    ) -> dict[nn.Parameter, Tensor]:
+        """The Hessian of a batch's loss times gamma, by a double backward pass."""
+        parameters = [p for p in self._names if p.requires_grad]
+        loss = self._trajectory.loss(batch)
+        gradients = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
+        for call in [] if captured is None else captured.calls:
+            call.ended = True
+        return _products(parameters, gradients, gamma)
 
     def _gradient(self, batches: Sequence[Batch], *, plain: bool = False) -> dict[nn.Parameter, Tensor]:
         """The gradient of the step's loss at the weights as they are."""
@@ -196,15 +200,22 @@ class Passes:
         bound = max(_HALF_APART if halves else _APART.get(p.dtype, _HALF_APART) for p in moves)
         if not apart <= bound**2 * whole:
             return "difference"
+        parameters, reached = list(plain), list[Tensor | None]()
         self._trajectory.restore_buffers()
         try:
-            with plain_kernels():
-                self._pass(batches[0], {p: x[:1] for p, x in gamma.items()})
+            with plain_kernels(), uncompiled():
+                self._twice(batches[0], {p: x[:1] for p, x in gamma.items()})
+                self._trajectory.restore_buffers()
+                loss = self._trajectory.loss(batches[0])
+                reached = list(torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True))
+                whole_way = self._backward(loss, parameters)
         except RuntimeError as error:
             if not _no_second(error):
                 raise
             return "difference"
-        return "double"
+        # weights inside of a reentrant checkpoint are in no graph
+        hidden = any(g is None and h is not None for g, h in zip(reached, whole_way, strict=True))
+        return "difference" if hidden else "double"
 
     def _difference(
         self, batches: Sequence[Batch], gamma: Mapping[nn.Parameter, Tensor], measured: bool

@@ -174,7 +174,6 @@ class Recorder:
         self._added = 0  # tensors of whole blocks in the tree
         self._random: dict[str, Tensor] = {}  # as written last
         self._ahead: RandomState | None = None
-        self._mark = ""  # of the weights after the newest step
         checkpoints = self._folder / CHECKPOINTS
         free = shutil.disk_usage(run).free // _SHARE
         self._disk = settings.disk if settings.disk is not None else free
@@ -211,13 +210,13 @@ class Recorder:
             ) from error
         for torn in checkpoints.glob(".*.tmp"):
             torn.unlink()
-        self._steps = 0
+        self._steps, self._mark = 0, ""  # after the last step that was recorded
         self._tape = self._cut(None)
 
     def _cut(self, step: int | None) -> Tape:
         """Remove what was recorded after the step, or only a torn end."""
         kept = [one for one in read_lines(self._folder) if step is None or one[0]["step"] <= step]
-        self._steps = kept[-1][0]["step"] if kept else 0
+        self._steps, self._mark = (kept[-1][0]["step"], kept[-1][0]["mark"]) if kept else (0, "")
         if step is not None and self._steps < step:
             raise RecordingError(
                 f"{self._folder}: the recording ends with step {self._steps}, and the run is resumed after {step}: "
@@ -248,6 +247,12 @@ class Recorder:
 
         `data`: what makes its loss, as it is before the block, which may write to it; None: only the ids are kept.
         """
+        if step != self._steps:
+            raise RecordingError(
+                f"{self._folder}: the recording ends with step {self._steps}, and this is step {step + 1}, so that the "
+                "run could not be repeated: resume it from a checkpoint (load_state_dict), or begin it in another "
+                "folder."
+            )
         if first:
             self.discard()
             if step % self._every == 0:
