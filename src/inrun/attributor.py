@@ -636,7 +636,7 @@ class Attributor:
             waiting.valued = Valued(Step(step, ids, {}, {}, told.loss, skipped=True))
             return waiting
         if self._recorder is not None:
-            self._recorder.check_gradient(step, *self._received.norms(moves))
+            self._recorder.check_gradient(step, *self._received.norms(moves), moves)
         waiting.valued.step = replace(waiting.valued.step, train_loss=told.loss)
         if audited or self._checks_left:
             self._checks_left = max(self._checks_left - 1, 0)

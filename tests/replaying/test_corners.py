@@ -215,3 +215,17 @@ def test_a_recording_that_misses_a_step_stops_the_run(tmp_path: Path) -> None:
         shutil.rmtree(run.folder / kind)
     with pytest.raises(RecordingError, match=r"ends with step 1, and this is step 1.*in another folder"):
         run.record()
+
+
+@pytest.mark.parametrize("hessian", ["double", "difference"])
+def test_weights_that_rest_for_a_step(tmp_path: Path, hessian: str) -> None:
+    """One without a gradient, and one with a gradient of zero, which momentum moves."""
+
+    def rest(step: int, model: nn.Module) -> None:
+        still, drifting, *_ = model.parameters()
+        for p in (still, drifting):
+            p.requires_grad_(step != 1)
+        drifting.grad = torch.zeros_like(drifting)
+
+    run = Run(optimizer="momentum", steps=3, folder=tmp_path / "run", wrong=rest)
+    close_to_retraining(run, hessian=hessian)

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.nn.functional import cross_entropy
 
 from inrun import Attributor, InrunError, Recording, RecordingError, replay
 from inrun.replaying import walk
@@ -43,6 +44,19 @@ def test_dropout_and_half_precision_are_repeated_bit_for_bit_in_pieces_of_a_segm
         assert torch.equal(p, q)
     assert largest_difference(run.values(run.replay({"u": run.target()}), "u"), run.values(ledger)) < 1e-12
     assert ledger.steps()["conservation"].max() < 1e-3  # type: ignore[operator]
+
+
+def test_a_loss_that_runs_only_the_model_in_half_precision_is_repeated_so(tmp_path: Path) -> None:
+    def loss(model: nn.Module, batch: Any) -> torch.Tensor:
+        x, y = batch
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = model(x)
+        return cross_entropy(logits, y) / 2  # of bfloat16
+
+    run = Run(folder=tmp_path / "run", steps=2)
+    run.loss = loss  # type: ignore[method-assign]
+    run.record()
+    assert len(run.values(run.replay())) == 2
 
 
 def test_a_run_resumed_after_a_crash_is_replayed_as_if_it_had_not_crashed(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ whose error is estimated from another difference of twice the length. (A longer 
 kinks, of ReLU and the like, whose bends are no part of a derivative.)
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal
@@ -114,7 +114,7 @@ class Passes:
         if curved and self.hessian == "auto":
             self.hessian = self._chosen(batches, moves, gamma)
         double = curved and self.hessian == "double"
-        pending, products = [], _zeros(gamma)
+        pending, products = [], _zeros(gamma, self._names)
         self._trajectory.restore_buffers()
         for batch in batches:
             try:
@@ -222,7 +222,7 @@ class Passes:
     ) -> tuple[dict[nn.Parameter, Tensor], float | None]:
         """The products by central differences, and their relative error if it is to be estimated."""
         targets = len(next(iter(gamma.values())))
-        found = _zeros(gamma)
+        found = _zeros(gamma, self._names)
         error = 0.0
         for k in range(targets):
             along = {p: x[k] for p, x in gamma.items()}
@@ -242,7 +242,7 @@ class Passes:
         length = _norm(along)
         weights = _norm({p: p.detach() for p in along})
         if length == 0 or weights == 0:
-            return {p: torch.zeros_like(x) for p, x in along.items()}
+            return {p: torch.zeros_like(p, dtype=wide(p.dtype)) for p in self._names}
         eps = max(torch.finfo(p.dtype).eps for p in along)
         if any(batch.autocast is not None for batch in batches):
             eps = max(eps, *(torch.finfo(batch.autocast).eps for batch in batches if batch.autocast is not None))
@@ -251,7 +251,7 @@ class Passes:
         for sign in (1, -1):
             with displaced({p: (x * (sign * e)).to(p.dtype) for p, x in along.items()}):
                 ends.append(self._gradient(batches))
-        return {p: ends[0][p].sub_(ends[1][p]).div_(2 * e) for p in along}
+        return {p: x.sub_(ends[1][p]).div_(2 * e) for p, x in ends[0].items()}
 
 
 def _no_second(error: RuntimeError) -> bool:
@@ -262,8 +262,10 @@ def _nothing() -> None:
     return None
 
 
-def _zeros(gamma: Mapping[nn.Parameter, Tensor]) -> dict[nn.Parameter, Tensor]:
-    return {p: torch.zeros_like(x) for p, x in gamma.items()}
+def _zeros(gamma: Mapping[nn.Parameter, Tensor], names: Collection[nn.Parameter]) -> dict[nn.Parameter, Tensor]:
+    """Of all parameters: a gradient changes with the weights that do not move at a step, too."""
+    targets = len(next(iter(gamma.values())))
+    return {p: p.new_zeros(targets, *p.shape, dtype=wide(p.dtype)) for p in names}
 
 
 def _norm(of: Mapping[nn.Parameter, Tensor]) -> float:
@@ -275,7 +277,7 @@ def _products(
 ) -> dict[nn.Parameter, Tensor]:
     """The derivative of <gradient, gamma>, for every target."""
     targets = len(next(iter(gamma.values())))
-    found: dict[nn.Parameter, list[Tensor]] = {p: [] for p in gamma}
+    found: dict[nn.Parameter, list[Tensor]] = {p: [] for p in parameters}
     for k in range(targets):
         with torch.enable_grad():
             terms = [
@@ -290,6 +292,5 @@ def _products(
             check_twice_differentiable(along)
         turns = torch.autograd.grad(along, parameters, retain_graph=k + 1 < targets, allow_unused=True)
         for p, turn in zip(parameters, turns, strict=True):
-            if p in found:
-                found[p].append(torch.zeros_like(gamma[p][k]) if turn is None else turn.to(gamma[p].dtype))
+            found[p].append(torch.zeros_like(p, dtype=wide(p.dtype)) if turn is None else turn.to(wide(p.dtype)))
     return {p: torch.stack(of) for p, of in found.items()}

@@ -42,6 +42,7 @@ class Line:
     scale: float
     loss: float | None
     mark: str
+    moved: str | None  # of every trained parameter how it did, a letter each
 
 
 class Record:
@@ -65,7 +66,10 @@ class Record:
         found = [line for line, _, _ in read_lines(self.folder)]
         if not found or [line["step"] for line in found] != list(range(1, len(found) + 1)):
             raise RecordingError(f"{self.folder}: no step is recorded, or one is missing: it cannot be replayed.")
-        self.lines = [Line(line["step"], line["groups"], line["scale"], line["loss"], line["mark"]) for line in found]
+        self.lines = [
+            Line(line["step"], line["groups"], line["scale"], line["loss"], line["mark"], line.get("moved"))
+            for line in found
+        ]
         self._batches = [line["batches"] for line in found]
         random: dict[str, Any] = {}  # a line holds what is new in it
         for batches in self._batches:

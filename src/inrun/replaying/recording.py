@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,9 @@ from inrun.state import RandomState
 
 FORMAT = 1
 _SHARE = 4  # of the free disk, one part in so many is for checkpoints if nothing else is said
+# a parameter at a step: without a gradient, with one of zero since it is frozen, with the one that backward made
+RESTS, DRIFTS, MOVES = "0", "2", "1"
+_MOVES = {(False, False): RESTS, (False, True): RESTS, (True, False): DRIFTS, (True, True): MOVES}
 _CLIPPED = 1e-3  # how far the gradient's norm may be from what the rule says
 
 
@@ -171,6 +174,7 @@ class Recorder:
         self._every = settings.every
         self._pending, self._tree = list[dict[str, Any]](), Tree()  # of the step's batches so far
         self._data: Any = None  # of the batch whose block is open
+        self._moved = ""  # of every parameter how it moves
         self._added = 0  # tensors of whole blocks in the tree
         self._random: dict[str, Tensor] = {}  # as written last
         self._ahead: RandomState | None = None
@@ -285,12 +289,13 @@ class Recorder:
             self._random = {}  # what they changed is not written
         self._pending, self._tree, self._added = [], Tree(), 0
 
-    def check_gradient(self, step: int, made: float, received: float) -> None:
-        """Hold the norms of the gradient that backward made and of what the optimizers receive against the settings.
+    def check_gradient(self, step: int, made: float, received: float, moved: Collection[nn.Parameter]) -> None:
+        """Hold the norms of the gradient that backward made and of what the optimizers receive against the settings,
+        and remember the parameters that have one.
 
         Raises RecordingError if something was done to it that a replay would not repeat.
         """
-        settings = self._settings
+        settings, self._moved = self._settings, "".join(_MOVES[p in moved, p.requires_grad] for p in self._names)
         scale = self._scale()
         expected = made / scale
         if settings.clip_value is not None:
@@ -318,6 +323,7 @@ class Recorder:
             "scale": self._scale(),
             "loss": loss,
             "mark": mark(self._names),
+            "moved": self._moved,
         }
         self._mark = line["mark"]
         try:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from inrun.replaying.record import Batch, BatchOf, Line, Record
-from inrun.replaying.recording import held_by, mark
+from inrun.replaying.recording import DRIFTS, RESTS, held_by, mark
 from inrun.replaying.store import RecordingError
 from inrun.scratch import size_of
-from inrun.state import RandomState
+from inrun.state import RandomState, State
 from inrun.update import Moved, update_of
 
 Snapshot = tuple[int, dict[str, Tensor], dict[str, Any]]  # step, tensors and numbers by name
@@ -37,6 +37,7 @@ class Found:
     states: dict[nn.Parameter, dict[str, Any]]
     buffers: dict[str, Tensor]
     gradient: dict[nn.Parameter, Tensor]
+    drifting: set[nn.Parameter] = field(default_factory=set)  # by momentum or decay alone: they were frozen
 
 
 class Trajectory:
@@ -57,6 +58,7 @@ class Trajectory:
         self.device = next(iter(names)).device
         self._buffers: dict[str, Tensor] = {}
         self._met: dict[str, Tensor] = {}  # buffers that the step found which is gone back through
+        self._casts: bool | None = None  # train_loss does so itself; None: not known yet
         self.step = -1  # that the model stands after
 
     def begin(self, step: int) -> None:
@@ -96,8 +98,11 @@ class Trajectory:
         """The training loss of a batch, with the random numbers, modes and precision of the run."""
         for module, mode in zip(self.model.modules(), batch.modes, strict=True):
             module.training = mode == "1"
+        if self._casts is None and batch.autocast is not None:
+            self._casts = self._casts_itself(batch)
+        around = batch.autocast is not None and not self._casts
         RandomState.of(self.model, batch.random).restore()
-        cast = torch.autocast(self.device.type, batch.autocast or torch.bfloat16, batch.autocast is not None)
+        cast = torch.autocast(self.device.type, batch.autocast or torch.bfloat16, around)
         with torch.enable_grad(), cast:
             loss = self._train_loss(self.model, batch.fresh())
         if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
@@ -106,6 +111,29 @@ class Trajectory:
                 f"its graph; got {type(loss).__name__}."
             )
         return loss.reshape(())
+
+    def _casts_itself(self, batch: Batch) -> bool:
+        """Whether train_loss runs the model in the batch's precision, nothing being around it: then only what it says
+        is computed so.
+        """
+        seen, device = list[torch.dtype](), self.device.type
+
+        def look(*_: Any) -> None:
+            if torch.is_autocast_enabled(device):
+                seen.append(torch.get_autocast_dtype(device))
+
+        hook, state = self.model.register_forward_pre_hook(look), State(self.model)
+        try:
+            with (
+                torch.no_grad(),
+                torch.autocast(device, enabled=False),
+                RandomState.of(self.model, batch.random).replayed(),
+            ):
+                self._train_loss(self.model, batch.fresh())
+        finally:
+            hook.remove()
+            state.restore()
+        return seen[:1] == [batch.autocast]
 
     def take(self) -> Found:
         """Take the next step. Raises RecordingError if the weights after it are not those of the run."""
@@ -119,6 +147,13 @@ class Trajectory:
             for p in self.model.parameters():
                 if p.grad is not None:
                     p.grad.mul_(1 / line.scale)
+        for p, had in zip(self.names, line.moved or (), strict=False):
+            if had == RESTS:  # it was frozen in the run, or its gradient dropped
+                p.grad = None
+            elif had == DRIFTS or p.grad is None:  # by zero_grad(set_to_none=False)
+                p.grad = torch.zeros_like(p)
+            if had == DRIFTS:
+                found.drifting.add(p)
         found.gradient = {p: p.grad.detach().to("cpu", copy=True) for p in self.names if p.grad is not None}
         self._clip()
         for optimizer, groups in zip(self._optimizers, line.groups, strict=True):

@@ -163,6 +163,8 @@ class Backwards:
             moves = trajectory.moves(found)
             with torch.no_grad():
                 gamma = step_back(adjoint, moves, self._clip)
+            for p in found.drifting:  # which no example moves
+                del moves[p], gamma[p]
             passed = self._passes.go(step, moves, gamma, curved=rho > 0 and step > 1, measured=measured)
             for p, x in passed.hessian.items():
                 adjoint.weights[p] += x
