@@ -229,3 +229,12 @@ def test_weights_that_rest_for_a_step(tmp_path: Path, hessian: str) -> None:
 
     run = Run(optimizer="momentum", steps=3, folder=tmp_path / "run", wrong=rest)
     close_to_retraining(run, hessian=hessian)
+
+
+def test_a_recording_that_lost_its_last_steps_says_so(tmp_path: Path) -> None:
+    run = Run(folder=tmp_path / "run", steps=3)
+    run.record()
+    path = run.folder / "recording" / "tensors.bin"
+    path.write_bytes(path.read_bytes()[:-8])
+    with pytest.warns(UserWarning, match="ends with step 2, and has a checkpoint after step 3"):
+        assert run.replay().steps()["step"].max() == 2

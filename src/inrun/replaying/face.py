@@ -3,6 +3,7 @@
 import math
 import sys
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from os import PathLike
@@ -120,6 +121,13 @@ def replay(
                 f"{place_of_scheme(folder, name)} has values for other batches of a target {target!r}: name these "
                 "otherwise."
             )
+    if record.torn:
+        warnings.warn(
+            f"{record.folder}: the recording ends with step {record.steps}, and has a checkpoint after step "
+            f"{record.torn}: the steps after {record.steps} were lost (the run was killed, or a file was cut off), and "
+            f"values are by the weights after step {record.steps}.",
+            stacklevel=2,
+        )
     missing = [target for target in found if target.name not in there]
     if not missing:
         return Ledger(folder, scheme=name)

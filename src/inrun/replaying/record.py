@@ -109,6 +109,12 @@ class Record:
         """The steps after which there is one, ascending."""
         return [step for step in checkpoints_in(self.folder) if step <= self.steps]
 
+    @property
+    def torn(self) -> int:
+        """The last checkpoint, if it is after a step that is not recorded; 0 otherwise."""
+        last = max(checkpoints_in(self.folder), default=0)
+        return last if last > self.steps else 0
+
     def read(self, step: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The tensors and numbers of a checkpoint, by name."""
         return read_tensors(checkpoints_in(self.folder)[step])
