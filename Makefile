@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: setup demo test check bench bench-ledger bench-replay study-fidelity study-refresh study-facts clean
+.PHONY: setup demo test check bench bench-ledger bench-replay study-fidelity study-refresh study-facts study-replay clean
 
 setup: $(INSTALLED)
 
@@ -52,6 +52,10 @@ study-refresh: setup
 study-facts: setup
 	$(BIN)/python -m pip install --quiet --no-warn-conflicts --constraint constraints.txt --group study
 	$(BIN)/python -m experiments.facts.run
+
+study-replay: setup
+	$(BIN)/python -m pip install --quiet --no-warn-conflicts --constraint constraints.txt --group study
+	$(BIN)/python -m experiments.replay.run
 
 clean:
 	rm -rf .venv .mypy_cache .ruff_cache .hypothesis

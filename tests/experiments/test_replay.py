@@ -1,0 +1,80 @@
+"""The study of replay against training again, at its smallest, from data to result."""
+
+import json
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from experiments.replay import report, run, subsets, training
+from inrun.game import spearman
+
+
+def test_quick(tmp_path: Path) -> None:
+    figure = find_spec("matplotlib") is not None
+    arguments = ["--quick", "--workers", "1", "--store", str(tmp_path / "store"), "--out", str(tmp_path / "out")]
+    arguments += [] if figure else ["--no-figure"]
+    run.main(arguments)
+    result = json.loads((tmp_path / "out" / "result.json").read_text("utf-8"))
+    methods = {(row["optimizer"], row["method"]): row for row in _rows(result["methods"])}
+    for optimizer in ("adamw", "momentum"):
+        mine = {method: row for (of, method), row in methods.items() if of == optimizer}
+        assert list(mine) == list(training.QUICK.methods)
+        assert mine["replay"]["lds_weightless_0.9"][0] > 0.8 > mine["random"]["lds_weightless_0.9"][0]
+    assert all(row["single_spearman"][0] > 0.9 for row in _rows(result["runs"]) if row["activation"] == "GELU")
+    for row in _rows(result["sizes"]):
+        if row["size"] < 1e-4:  # there first order is all there is
+            assert row["spearman"][0] == 1
+            assert row["slope"][0] == pytest.approx(1, abs=1e-3)
+    assert "| AdamW | replay | " in (tmp_path / "out" / "README.md").read_text("utf-8")
+    assert (tmp_path / "out" / "figure.svg").exists() == figure
+
+    pieces = {path: path.stat().st_mtime_ns for path in tmp_path.glob("store/*/*.npz")}
+    (lost,) = tmp_path.glob("store/*/adamw-0.003-gelu-cosine-subsets-seed0.npz")
+    lost.unlink()
+    run.main(arguments)
+    again = {path: path.stat().st_mtime_ns for path in tmp_path.glob("store/*/*.npz")}
+    assert [path for path in pieces if pieces[path] != again[path]] == [lost]
+    repeated = json.loads((tmp_path / "out" / "result.json").read_text("utf-8"))
+    assert result | {"seconds": 0} == repeated | {"seconds": 0}
+
+
+def test_with_all_examples_it_is_the_run_and_without_some_one_that_never_saw_them() -> None:
+    piece = next(training.pieces_of(training.QUICK))
+    these = training.Run(training.QUICK, piece, torch.float64)
+    keep = torch.ones(3, training.QUICK.examples, dtype=torch.bool)
+    keep[1:, ::3] = False
+    model, optimizer = these.make()
+    for _, batch in these.batches(optimizer):
+        optimizer.zero_grad()
+        training.loss(model, batch).backward()
+        optimizer.step()
+    whole = float(training.loss(model, these.data.target).detach())
+    for removed in (False, True):
+        ends = subsets.losses_at_end(these, keep, removed)
+        assert float(ends[0]) == pytest.approx(whole, abs=1e-12)
+        assert float(ends[1]) == pytest.approx(subsets.loss_alone(these, keep[1], removed), abs=1e-12)
+    these.data.x[::3] = 100.0  # of those left out nothing may come in
+    assert float(subsets.losses_at_end(these, keep, True)[2]) == pytest.approx(float(ends[2]), abs=1e-12)
+
+
+def test_the_bootstrap_repeats_what_a_resample_is() -> None:
+    random = np.random.default_rng(0)
+    x, y = random.normal(size=(2, 30))
+    drawn = random.integers(30, size=30)
+    counts = np.bincount(drawn, minlength=30).astype(float)[None]
+    expected = spearman(torch.from_numpy(x[drawn]), torch.from_numpy(y[drawn]))
+    assert report.spearmans(x, y, counts)[0] == pytest.approx(expected)
+
+
+def test_auroc() -> None:
+    values = np.array([0.1, 0.5, 0.3, 0.9])
+    assert report.auroc(values, np.array([True, False, True, False])) == 1
+    assert report.auroc(values, np.array([False, True, True, False])) == 0.5
+
+
+def _rows(table: dict[str, list[Any]]) -> list[dict[str, Any]]:
+    return [dict(zip(table["columns"], row, strict=True)) for row in table["rows"]]
