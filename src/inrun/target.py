@@ -109,6 +109,10 @@ class Target:
         self.evaluation, self.each = evaluation, each
         self._loss, self._every = loss, every
 
+    def in_rotation(self) -> "Target":
+        """The same, with one batch a step."""
+        return Target(self.name, self.batches, self._loss, self.evaluation)
+
     def mark(self) -> str:
         """A few letters that tell its batches from others, by some numbers of every tensor."""
         held = [(x.shape, x.dtype, sample(x).tolist()) for batch in self.batches for x in tensors(batch)]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from inrun import Attributor, Ledger, oracle, replay
+from inrun import Attributor, InrunError, Ledger, oracle, replay
 from tests.models import CASES
 from tests.reference import contracted
 from tests.replaying.runs import EXAMPLES, Run, largest_difference
@@ -121,6 +121,11 @@ def test_a_target_named_later_has_the_same_values_and_one_that_is_there_is_left(
     for name, values in together.items():
         assert largest_difference(other.values(ledger, name), values) < 1e-12
     assert len(ledger.run["replays"]) == 2
+    loss = other.case.loss
+    other.case = replace(other.case, losses=lambda model, batch: 2 * CASES["mlp"].losses(model, batch))
+    other.loss = lambda model, batch: loss(model, batch) / 2  # type: ignore[method-assign]
+    with pytest.raises(InrunError, match="values for another loss of target 't'"):
+        other.replay({"t": other.target()})
 
 
 def test_without_a_horizon_it_is_the_value_by_the_gradient_at_the_steps_end(tmp_path: Path) -> None:

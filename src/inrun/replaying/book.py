@@ -128,7 +128,8 @@ class Walk:
                 for frame in self._frames(kind):
                     first, last = int(frame["step"][0]), int(frame["step"][-1])
                     write_whole(folder / kind / part_name(first, last, rank), rank, parquet(frame))
-            run["targets"] |= {target: {"mark": mark} for target, mark in self._targets.items()}
+            losses = zip(self._targets.items(), about["losses"], strict=True)
+            run["targets"] |= {target: {"mark": mark, "loss": loss} for (target, mark), loss in losses}
             run["replays"].append({"targets": list(self._targets), **about})
             write_whole(folder / RUN, 0, json.dumps(run, indent=2, ensure_ascii=False).encode())
             sync_folder(folder)

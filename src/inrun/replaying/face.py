@@ -15,18 +15,22 @@ from torch.optim import Optimizer
 
 from inrun.errors import InrunError
 from inrun.ledger import Ledger
+from inrun.ledger.schema import read_run
 from inrun.parallel import Processes
 from inrun.replaying.book import Walk, place_of_scheme, replayed, scheme_name
 from inrun.replaying.passes import Hessian, Passes
 from inrun.replaying.record import BatchOf, Record
+from inrun.replaying.recording import check_ways_back
 from inrun.replaying.store import RecordingError
 from inrun.replaying.trajectory import TrainLoss, Trajectory
 from inrun.replaying.walk import Backwards, Progress
 from inrun.scratch import free_memory
 from inrun.state import preserved_random_state
-from inrun.target import Evaluation, Loss, Target
+from inrun.target import Evaluation, Loss, Target, losses
 from inrun.units import Units, trained_parameters
-from inrun.update import Update, unwrapped, update_of
+from inrun.update import unwrapped
+
+_SAME_LOSS = 1e-3  # relative: on another machine it is rounded otherwise
 
 
 def replay(
@@ -99,13 +103,7 @@ def replay(
     if not targets:
         raise InrunError("no targets: give at least one named validation batch.")
     optimizers = tuple(map(unwrapped, (optimizer,) if isinstance(optimizer, Optimizer) else optimizer))
-    for one in optimizers:
-        update = update_of(one)
-        if type(update).back is Update.back:
-            raise InrunError(
-                f"{type(one).__name__}: a replay goes back through the steps of SGD, Adam and AdamW, not of this one. "
-                "To add it, give its Update the method `back` (docs/optimizers.md)."
-            )
+    check_ways_back(optimizers)
     processes = Processes(model)
     if processes.size > 1:
         raise InrunError("inrun.replay() is for one process.")
@@ -128,25 +126,28 @@ def replay(
             f"values are by the weights after step {record.steps}.",
             stacklevel=2,
         )
-    missing = [target for target in found if target.name not in there]
-    if not missing:
-        return Ledger(folder, scheme=name)
     if record.checkpoints()[:1] != [0]:
         raise RecordingError(f"{record.folder}: the checkpoint of the run's beginning is missing: restore it.")
     trajectory = Trajectory(record, processes.model, optimizers, names, train_loss or loss, batch_of)
     evaluation.autocast = trajectory.batches(record.steps)[-1].autocast
+    missing = {target.name: target.batches for target in found if target.name not in there}
+    present = {target.name: target.batches for target in found if target.name in there}
+    if present:
+        _check_losses(folder, name, trajectory, at_end(present, loss, evaluation))
+    if not missing:
+        return Ledger(folder, scheme=name)
     if memory != "auto" and (isinstance(memory, str) or memory < 0):
         raise InrunError(f"memory={memory!r}: give a number of bytes, or 'auto'.")
     room = (free_memory() // 2 if memory == "auto" else memory) // max(trajectory.state_size(), 1)
     modes = [(module, module.training) for module in processes.model.modules()]
-    walk = Walk(folder, name, horizon, {target.name: marks[target.name] for target in missing}, end)
-    passes = Passes(trajectory, processes, Units(processes.model, names), missing, record.about["batch_dim"], hessian)
-    batches = {target.name: target.batches for target in missing}
-    backwards = Backwards(trajectory, passes, walk, batches, loss, evaluation, horizon, room, progress or _Line())
+    walk = Walk(folder, name, horizon, {target: marks[target] for target in missing}, end)
+    ends = at_end(missing, loss, evaluation)
+    passes = Passes(trajectory, processes, Units(processes.model, names), ends, record.about["batch_dim"], hessian)
+    backwards = Backwards(trajectory, passes, walk, ends, horizon, room, progress or _Line())
     try:
         with preserved_random_state(processes.model):
             told = backwards.go()
-            backwards.to_end()
+            trajectory.to_end()
         walk.finish({key: told[key] for key in ("hessian", "hessian_error", "at_end", "largest", "losses")})
     finally:
         walk.close()
@@ -154,6 +155,25 @@ def replay(
         for module, mode in modes:
             module.training = mode
     return Ledger(folder, scheme=name)
+
+
+def at_end(batches: Mapping[str, list[Any]], loss: Loss, evaluation: Evaluation) -> list[Target]:
+    """Targets whose loss is the mean over all their batches."""
+    return [Target(name, of, loss, evaluation, each=len(of)) for name, of in batches.items()]
+
+
+def _check_losses(run: Path, name: str, trajectory: Trajectory, targets: Sequence[Target]) -> None:
+    """Raise InrunError if a target that has values has another loss now."""
+    trajectory.to_end()
+    folder = place_of_scheme(run, name)
+    told = read_run(folder)["targets"]
+    for target, loss in zip(targets, losses(targets, trajectory.step), strict=True):
+        before = told[target.name]["loss"]
+        if not math.isclose(loss, before, rel_tol=_SAME_LOSS, abs_tol=_SAME_LOSS):
+            raise InrunError(
+                f"{folder} has values for another loss of target {target.name!r} ({before:.6g} nats at the run's end, "
+                f"and this one is {loss:.6g}): name it otherwise."
+            )
 
 
 class Clock:

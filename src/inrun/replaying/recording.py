@@ -36,6 +36,7 @@ from inrun.replaying.store import (
 )
 from inrun.scratch import gib
 from inrun.state import RandomState
+from inrun.update import Update, update_of
 
 FORMAT = 1
 _SHARE = 4  # of the free disk, one part in so many is for checkpoints if nothing else is said
@@ -155,6 +156,16 @@ def about(model: nn.Module, optimizers: Sequence[Optimizer], names: Mapping[nn.P
     }
 
 
+def check_ways_back(optimizers: Sequence[Optimizer]) -> None:
+    """Raise RecordingError for an optimizer that a replay cannot go back through."""
+    for optimizer in optimizers:
+        if type(update_of(optimizer)).back is Update.back:
+            raise RecordingError(
+                f"{type(optimizer).__name__}: a replay goes back through the steps of SGD, Adam and AdamW, not of this "
+                "one. To add it, give its Update the method `back` (docs/optimizers.md)."
+            )
+
+
 class Recorder:
     """Records the steps of one run into its folder."""
 
@@ -169,6 +180,7 @@ class Recorder:
         resume: bool,
     ) -> None:
         settings.check()
+        check_ways_back(optimizers)
         self._folder, self._settings = place_of(run), settings
         self._model, self._optimizers, self._names = model, optimizers, names
         self._every = settings.every

@@ -170,6 +170,12 @@ class Trajectory:
             )
         return found
 
+    def to_end(self) -> None:
+        """Put the model and its optimizers after the run's last step."""
+        self.begin(self.record.checkpoints()[-1])
+        while self.step < self.record.steps:
+            self.take()
+
     def check_arrived(self) -> None:
         """Hold the model against the checkpoint after the step that it stands after, number by number."""
         tensors, _ = self.record.read(self.step)

@@ -19,7 +19,7 @@ from inrun.replaying.adjoint import Adjoint, Clip, step_back
 from inrun.replaying.book import Walk
 from inrun.replaying.passes import Passes
 from inrun.replaying.trajectory import Found, Trajectory
-from inrun.target import Evaluation, Loss, Target, gradients
+from inrun.target import Target, gradients
 
 # steps gone back, those that are only repeated so far counting a part each; of so many; and the training loss there
 Progress = Callable[[float, int, float | None], None]
@@ -71,20 +71,18 @@ class Backwards:
         trajectory: Trajectory,
         passes: Passes,
         walk: Walk,
-        batches: dict[str, list[object]],
-        loss: Loss,
-        evaluation: Evaluation,
+        targets: Sequence[Target],
         horizon: float | None,
         room: int,
         progress: Progress,
     ) -> None:
+        """`targets`: of which each loss is the mean over all batches."""
         self._trajectory, self._passes, self._walk, self._progress = trajectory, passes, walk, progress
-        self._names, self._room = trajectory.names, room
+        self._names, self._room, self._ends = trajectory.names, room, targets
         about = trajectory.record.about
         self._clip = Clip(about["clip_norm"], about["clip_value"])
         self._rho = 1.0 if horizon is None else horizon / (1 + horizon)
-        self._ends = [Target(name, of, loss, evaluation, each=len(of)) for name, of in batches.items()]
-        self._on_the_way = [Target(name, of, loss, evaluation) for name, of in batches.items()]
+        self._on_the_way = [target.in_rotation() for target in targets]
         self._losses: list[float] = []
         self._largest: list[tuple[float, int]] = []  # of the adjoint's norm, by target, and the step that it is at
         self._at_end: list[float] = []
@@ -98,7 +96,7 @@ class Backwards:
         trajectory, record, walk = self._trajectory, self._trajectory.record, self._walk
         resumed = walk.resumed()
         if resumed is None:
-            self.to_end()
+            trajectory.to_end()
             step, adjoint = record.steps, self._adjoint(self._ends, record.steps)
             self._at_end = adjoint.norms().tolist()
             self._largest = [(norm, record.steps) for norm in self._at_end]
@@ -127,13 +125,6 @@ class Backwards:
     def _tell(self, waiting: int, loss: float | None) -> None:
         """`waiting`: steps that are repeated, but not gone back through."""
         self._progress(self._gone + _REPEATED * waiting, self._trajectory.record.steps, loss)
-
-    def to_end(self) -> None:
-        """The model after the run's last step."""
-        trajectory, record = self._trajectory, self._trajectory.record
-        trajectory.begin(record.checkpoints()[-1])
-        while trajectory.step < record.steps:
-            trajectory.take()
 
     def _adjoint(self, targets: Sequence[Target], step: int) -> Adjoint:
         """The targets' gradients at the weights as they are."""
