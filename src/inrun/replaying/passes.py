@@ -111,27 +111,30 @@ class Passes:
                 hessian="double".
         """
         batches = self._trajectory.batches(step)
-        if curved and self.hessian == "auto":
-            self.hessian = self._chosen(batches, moves, gamma)
-        double = curved and self.hessian == "double"
-        pending, products = [], _zeros(gamma, self._names)
-        self._trajectory.restore_buffers()
-        for batch in batches:
+        double = curved and self.hessian != "difference"
+        pending: list[Microbatch] = []
+        products, error = _zeros(gamma, self._names), None
+        if double:
             try:
-                with plain_kernels() if double else nullcontext():
-                    microbatch, product = self._pass(batch, gamma if double else {})
+                pending, made = self._passes(batches, gamma, products)
+                double = self.hessian == "double" or self._is_the_runs(made, moves, batches)
             except RuntimeError as problem:
-                if not double or not _no_second(problem):
+                if not _no_second(problem):
                     raise
-                raise InrunError(
-                    f"step {step}: the training loss has no double backward pass ({problem}): use hessian='difference'."
-                ) from problem
-            pending.append(microbatch)
-            for p, x in product.items():
-                products[p] += x
-        error = None
-        if curved and not double:
-            products, error = self._difference(batches, gamma, measured)
+                if self.hessian == "double":
+                    raise InrunError(
+                        f"step {step}: the training loss has no double backward pass ({problem}): use "
+                        "hessian='difference'."
+                    ) from problem
+                double = False
+        if not double:
+            for microbatch in pending:
+                microbatch.captured.release()
+            pending, _ = self._passes(batches, {}, {})
+        if curved:
+            self.hessian = "double" if double else "difference"
+            if not double:
+                products, error = self._difference(batches, gamma, measured)
         self._given.gamma = gamma
         received = Received(self._names)
         received.take(moves)
@@ -141,42 +144,78 @@ class Passes:
             microbatch.captured.release()
         return Passed(valued.step, valued.rows, products, error)
 
-    def _pass(
-        self, batch: Batch, gamma: Mapping[nn.Parameter, Tensor]
-    ) -> tuple[Microbatch, dict[nn.Parameter, Tensor]]:
-        """Forward and backward pass of a batch, captured; and the Hessian times gamma, if there is one."""
-        packed = as_packed(batch.ids)
-        ids = as_ids(batch.ids) if packed is None else packed.ids
-        examples = len(ids) if packed is None else len(packed.documents)
-        formed = Formed(examples, self._names, self._pool)
-        captured = Captured(examples, formed, packed=packed, by_token=packed is not None)
-        with uncompiled(), self._capture.batch(captured, _nothing):
-            if gamma:
-                found = self._twice(batch, gamma, captured)
-            else:
-                self._backward(self._trajectory.loss(batch), ())
-                found = {}
-        return Microbatch(ids, captured), found
+    def _passes(
+        self,
+        batches: Sequence[Batch],
+        gamma: Mapping[nn.Parameter, Tensor],
+        products: dict[nn.Parameter, Tensor],
+    ) -> tuple[list[Microbatch], dict[nn.Parameter, Tensor]]:
+        """Forward and backward passes, captured; the Hessian times gamma, if there is one, is added to the products.
+        Returns the gradient, too, if it is not known yet that it is the run's.
+        """
+        pending, made = [], dict[nn.Parameter, Tensor]()
+        self._trajectory.restore_buffers()
+        for batch in batches:
+            packed = as_packed(batch.ids)
+            ids = as_ids(batch.ids) if packed is None else packed.ids
+            examples = len(ids) if packed is None else len(packed.documents)
+            formed = Formed(examples, self._names, self._pool)
+            captured = Captured(examples, formed, packed=packed, by_token=packed is not None)
+            with (
+                plain_kernels() if gamma else nullcontext(),
+                uncompiled(),
+                self._capture.batch(captured, _nothing),
+            ):
+                loss = self._trajectory.loss(batch)
+                if gamma:
+                    self._twice(loss, gamma, captured, products, made)
+                else:
+                    self._backward(loss, ())
+            pending.append(Microbatch(ids, captured))
+        return pending, made
 
     def _twice(
-        self, batch: Batch, gamma: Mapping[nn.Parameter, Tensor], captured: Captured | None = None
-    ) -> dict[nn.Parameter, Tensor]:
-        """The Hessian of a batch's loss times gamma, by a double backward pass."""
+        self,
+        loss: Tensor,
+        gamma: Mapping[nn.Parameter, Tensor],
+        captured: Captured,
+        products: dict[nn.Parameter, Tensor],
+        made: dict[nn.Parameter, Tensor],
+    ) -> None:
+        """Add the Hessian of a batch's loss times gamma to the products, by a double backward pass."""
         parameters = [p for p in self._names if p.requires_grad]
-        loss = self._trajectory.loss(batch)
         gradients = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
-        for call in [] if captured is None else captured.calls:
+        for call in captured.calls:
             call.ended = True
-        return _products(parameters, gradients, gamma)
+        for p, x in _products(parameters, gradients, gamma).items():
+            products[p] += x
+        if self.hessian == "auto":
+            for p, g in zip(parameters, gradients, strict=True):
+                if g is not None:
+                    made[p] = made[p] + g.detach() if p in made else g.detach()
 
-    def _gradient(self, batches: Sequence[Batch], *, plain: bool = False) -> dict[nn.Parameter, Tensor]:
+    def _is_the_runs(self, made: Mapping[nn.Parameter, Tensor], moves: Moves, batches: Sequence[Batch]) -> bool:
+        """Whether the gradient that plain kernels made is the run's. (Weights inside of a reentrant checkpoint are in
+        no graph, and have none.)
+        """
+        apart = whole = 0.0
+        for p, moved in moves.items():
+            size = float(moved.gradient.double().square().sum())
+            if p not in made and size:
+                return False
+            whole += size
+            apart += float((made[p] - moved.gradient).double().square().sum()) if p in made else 0.0
+        halves = any(batch.autocast is not None for batch in batches)
+        bound = max(_HALF_APART if halves else _APART.get(p.dtype, _HALF_APART) for p in moves)
+        return apart <= bound**2 * whole
+
+    def _gradient(self, batches: Sequence[Batch]) -> dict[nn.Parameter, Tensor]:
         """The gradient of the step's loss at the weights as they are."""
         parameters = [p for p in self._names if p.requires_grad]
         whole = {p: torch.zeros_like(p, dtype=wide(p.dtype)) for p in parameters}
         self._trajectory.restore_buffers()
         for batch in batches:
-            with plain_kernels() if plain else nullcontext():
-                gradients = self._backward(self._trajectory.loss(batch), parameters)
+            gradients = self._backward(self._trajectory.loss(batch), parameters)
             for p, g in zip(parameters, gradients, strict=True):
                 if g is not None:
                     whole[p] += g
@@ -190,32 +229,6 @@ class Passes:
         finally:
             for p in self._trajectory.model.parameters():
                 p.grad = None
-
-    def _chosen(self, batches: Sequence[Batch], moves: Moves, gamma: Mapping[nn.Parameter, Tensor]) -> Hessian:
-        """ "double", if it can be had of this step's first batch, and the plain kernels compute what the run did."""
-        plain = self._gradient(batches, plain=True)
-        apart = sum(float((x - moves[p].gradient).double().square().sum()) for p, x in plain.items() if p in moves)
-        whole = sum(float(moved.gradient.double().square().sum()) for moved in moves.values())
-        halves = any(batch.autocast is not None for batch in batches)
-        bound = max(_HALF_APART if halves else _APART.get(p.dtype, _HALF_APART) for p in moves)
-        if not apart <= bound**2 * whole:
-            return "difference"
-        parameters, reached = list(plain), list[Tensor | None]()
-        self._trajectory.restore_buffers()
-        try:
-            with plain_kernels(), uncompiled():
-                self._twice(batches[0], {p: x[:1] for p, x in gamma.items()})
-                self._trajectory.restore_buffers()
-                loss = self._trajectory.loss(batches[0])
-                reached = list(torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True))
-                whole_way = self._backward(loss, parameters)
-        except RuntimeError as error:
-            if not _no_second(error):
-                raise
-            return "difference"
-        # weights inside of a reentrant checkpoint are in no graph
-        hidden = any(g is None and h is not None for g, h in zip(reached, whole_way, strict=True))
-        return "difference" if hidden else "double"
 
     def _difference(
         self, batches: Sequence[Batch], gamma: Mapping[nn.Parameter, Tensor], measured: bool

@@ -100,12 +100,12 @@ class AdamUpdate(Update):
         root = step.root(v)
         # where v is zero after the step no gradient ever came: the root has no derivative there, and nothing to move
         none = root == 0
-        by_mean = -step.rate / (root + step.eps)
-        by_square = by_mean * m / ((root + step.eps) * (-2 * step.bias2 * root))
-        by_mean, by_square = by_mean.masked_fill(none, 0.0), by_square.masked_fill(none, 0.0)
+        bottom = root + step.eps
+        by_mean = bottom.reciprocal().mul_(-step.rate).masked_fill_(none, 0.0)
+        by_square = m.mul_(by_mean).div_(bottom.mul_(root)).mul_(-0.5 / step.bias2).masked_fill_(none, 0.0)
         mean, square = weight * by_mean, weight * by_square
         if "exp_avg" in state:
-            mean += state["exp_avg"]
+            mean.add_(state["exp_avg"])
         before = {}
         if step.floor is not None:
             highest, above = square, v >= step.floor
@@ -114,10 +114,10 @@ class AdamUpdate(Update):
             square = highest.masked_fill(~above, 0.0)
             before["max_exp_avg_sq"] = highest.masked_fill(above, 0.0)
         if "exp_avg_sq" in state:
-            square = square + state["exp_avg_sq"]
-        before["exp_avg"], before["exp_avg_sq"] = step.beta1 * mean, step.beta2 * square
-        gradient = (1 - step.beta1) * mean + 2 * (1 - step.beta2) * g * square
+            square.add_(state["exp_avg_sq"])
+        gradient = torch.mul(mean, 1 - step.beta1).addcmul_(g, square, value=2 * (1 - step.beta2))
         gradient.masked_fill_(none, 0.0)
+        before["exp_avg"], before["exp_avg_sq"] = mean.mul_(step.beta1), square.mul_(step.beta2)
         if step.weight_decay != 0:
             fixed = (1 - step.lr * step.weight_decay) * weight
             weight = fixed if step.decoupled else weight + step.weight_decay * gradient
