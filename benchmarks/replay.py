@@ -170,8 +170,8 @@ def table(found: dict[str, Any]) -> str:
     """As Markdown."""
     of = found["machine"]
     lines = [
-        f"{of['processor']}, {of['threads']} threads, torch {of['torch']}. Replays of 32 steps, if nothing",
-        "else is said; the first takes some twenty more, in which it finds out whose rows are whose, and takes its memory.",
+        f"{of['processor']}, {of['threads']} threads, torch {of['torch']}. Replays of 32 steps, if nothing else is",
+        "said; the first takes some twenty more, in which it finds out whose rows are whose, and takes its memory.",
         "",
         "| | plain steps, a step | lowest to highest | peak memory | recording on disk |",
         "|---|---|---|---|---|",

@@ -161,7 +161,7 @@ class Target:
                 [(g * v).sum().double() for g, v in zip(gradients, back.values(), strict=True) if g is not None]
             ).sum()
             try:
-                check_twice_differentiable(along)
+                check_twice_differentiable([along])
                 turns = _derivatives(along, parameters)
             except RuntimeError as error:
                 if "not implemented" not in str(error):
@@ -311,11 +311,11 @@ def _summed(found: Tensor, targets: Sequence[Target]) -> list[float]:
     return [float(x) for x in processes.total(found.to(device))]
 
 
-def check_twice_differentiable(x: Tensor) -> None:
+def check_twice_differentiable(found: Sequence[Tensor]) -> None:
     """Raise RuntimeError where autograd.grad would leave a second derivative out unsaid: a backward pass marked as once
     differentiable, and torch's weight norm, which takes the norm for a constant.
     """
-    seen, to_see = set(), [x.grad_fn]
+    seen, to_see = set(), [x.grad_fn for x in found]
     while to_see:
         node = to_see.pop()
         if node is not None and node not in seen:

@@ -44,12 +44,12 @@ def start_and_kill(command: list[str], chance: random.Random) -> bool:
     ) as process:
         assert process.stdout is not None
         if chance.random() < 0.3:
-            time.sleep(chance.uniform(0.1, 7.0))
+            time.sleep(chance.uniform(0.1, 6.0))
         else:
             for line in process.stdout:
                 if line.startswith("step "):
                     break
-            time.sleep(chance.uniform(0.1, 3.0))
+            time.sleep(chance.uniform(0.1, 2.0))
         running = process.poll() is None
         process.send_signal(signal.SIGKILL)
     return running

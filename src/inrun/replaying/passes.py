@@ -187,8 +187,7 @@ class Passes:
         gradients = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
         for call in captured.calls:
             call.ended = True
-        for p, x in _products(parameters, gradients, gamma).items():
-            products[p] += x
+        _add_products(parameters, gradients, gamma, products)
         if self.hessian == "auto":
             for p, g in zip(parameters, gradients, strict=True):
                 if g is not None:
@@ -285,25 +284,27 @@ def _norm(of: Mapping[nn.Parameter, Tensor]) -> float:
     return float(torch.stack([x.double().square().sum() for x in of.values()]).sum().sqrt())
 
 
-def _products(
-    parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor | None], gamma: Mapping[nn.Parameter, Tensor]
-) -> dict[nn.Parameter, Tensor]:
-    """The derivative of <gradient, gamma>, for every target."""
+def _add_products(
+    parameters: Sequence[nn.Parameter],
+    gradients: Sequence[Tensor | None],
+    gamma: Mapping[nn.Parameter, Tensor],
+    products: Mapping[nn.Parameter, Tensor],
+) -> None:
+    """Add the derivative of <gradient, gamma>, for every target."""
+    found = [(p, g) for p, g in zip(parameters, gradients, strict=True) if g is not None and g.requires_grad]
+    moving = [(p, g) for p, g in found if p in gamma]
+    if not moving:
+        return
+    check_twice_differentiable([g for _, g in moving])
     targets = len(next(iter(gamma.values())))
-    found: dict[nn.Parameter, list[Tensor]] = {p: [] for p in parameters}
     for k in range(targets):
-        with torch.enable_grad():
-            terms = [
-                (g.to(gamma[p].dtype) * gamma[p][k]).sum()
-                for p, g in zip(parameters, gradients, strict=True)
-                if g is not None and p in gamma and g.requires_grad
-            ]
-            if not terms:
-                return {}
-            along = torch.stack(terms).sum()
-        if k == 0:
-            check_twice_differentiable(along)
-        turns = torch.autograd.grad(along, parameters, retain_graph=k + 1 < targets, allow_unused=True)
+        turns = torch.autograd.grad(
+            [g for _, g in moving],
+            parameters,
+            [gamma[p][k].to(g.dtype) for p, g in moving],
+            retain_graph=k + 1 < targets,
+            allow_unused=True,
+        )
         for p, turn in zip(parameters, turns, strict=True):
-            found[p].append(torch.zeros_like(p, dtype=wide(p.dtype)) if turn is None else turn.to(wide(p.dtype)))
-    return {p: torch.stack(of) for p, of in found.items()}
+            if turn is not None:
+                products[p][k] += turn

@@ -47,7 +47,7 @@ def by_double_backward(
             if not pairs or not all(g.requires_grad for g, _ in pairs):
                 raise RuntimeError("its backward pass leaves no graph")
             along = torch.stack([(g * q.to(g.dtype)).sum() for g, q in pairs]).sum()
-            check_twice_differentiable(along)
+            check_twice_differentiable([along])
             found = torch.autograd.grad(along, list(covectors.values()), allow_unused=True)
         except RuntimeError as error:
             raise NotTwiceDifferentiableError(
