@@ -39,6 +39,7 @@ bench-ledger: setup
 
 # recording and replaying, in plain training's steps; some twenty minutes
 bench-replay: setup
+	$(BIN)/python -m pip install --quiet --no-warn-conflicts --constraint constraints.txt --group study
 	$(BIN)/python -m benchmarks.replay
 
 study-fidelity: setup

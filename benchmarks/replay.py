@@ -1,6 +1,6 @@
 """What recording and replaying a run cost, in plain training's steps: the GPT of 14 million parameters, batch 8 x 256.
 
-python -m benchmarks.replay [--rounds 2] [--out benchmarks/replay.json]
+python -m benchmarks.replay [--rounds 2] [--only NAME] [--out benchmarks/replay.json], and a figure beside it
 
 Every round trains plainly, trains attributed with and without recording, and replays, one after the other in one
 process, in an order that is turned round from one round to the next; ratios are of a round's own times. What takes long
@@ -9,6 +9,7 @@ process, in an order that is turned round from one round to the next; ratios are
 
 import argparse
 import gc
+import importlib
 import json
 import os
 import shutil
@@ -103,20 +104,23 @@ def _silent(done: float, steps: int, loss: float | None) -> None:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.replay", description=__doc__)
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--only", default="", help="the lines whose names have this in them")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("replay.json"))
     options = parser.parse_args(arguments)
     folder = Path(tempfile.mkdtemp(prefix="inrun-replay-"))
     try:
-        found = measured(folder, options.rounds)
+        found = measured(folder, options.rounds, options.only)
     finally:
         shutil.rmtree(folder)
     options.out.write_text(json.dumps(found, indent=2) + "\n")
+    draw(found, options.out.with_suffix(".svg"))
     print(table(found))
     return 0
 
 
-def measured(folder: Path, rounds: int) -> dict[str, Any]:
-    runs = {of[1:3]: folder / f"every-{of[1]}-of-{of[2]}" for of in REPLAYS.values()}
+def measured(folder: Path, rounds: int, only: str) -> dict[str, Any]:
+    replays = {name: of for name, of in REPLAYS.items() if only in name}
+    runs = {of[1:3]: folder / f"every-{of[1]}-of-{of[2]}" for of in replays.values()}
     disk = {}
     for (every, steps), place in runs.items():
         train(steps - 1, place, every)
@@ -128,8 +132,9 @@ def measured(folder: Path, rounds: int) -> dict[str, Any]:
             f"attributed and recorded, every {every} steps": partial(_recorded, STEPS, folder / "recorded", every)
             for every in (16, 4)
         },
-        **{name: partial(replay, runs[of[1:3]], name) for name, of in REPLAYS.items()},
+        **{name: partial(replay, runs[of[1:3]], name) for name, of in replays.items()},
     }
+    work = {name: call for name, call in work.items() if only in name or name == "plain training"}
     times: dict[str, list[float]] = {name: [] for name in work}
     peaks: dict[str, int] = {}
     for k in range(rounds):
@@ -182,6 +187,25 @@ def table(found: dict[str, Any]) -> str:
         disk = gib(line["disk"]) if "disk" in line else ""
         lines.append(f"| {line['name']} | {line['ratio']:.2f} | {spread} | {gib(line['memory'])} | {disk} |")
     return "\n".join(lines)
+
+
+def draw(found: dict[str, Any], path: Path) -> None:
+    """Bars of time, with their spread, memory and disk beside each other."""
+    importlib.import_module("matplotlib").use("Agg")  # of the study group
+    plt = importlib.import_module("matplotlib.pyplot")
+    lines = found["lines"][::-1]
+    names = [line["name"] for line in lines]
+    figure, axes = plt.subplots(1, 3, figsize=(11, 4), sharey=True, layout="constrained", width_ratios=[2, 1, 1])
+    ratios = [line["ratio"] for line in lines]
+    errors = [[abs(line["ratio"] - line["spread"][k]) for line in lines] for k in (0, 1)]
+    axes[0].barh(names, ratios, xerr=errors, color="#4c72b0")
+    axes[0].set_xlabel("steps of plain training, a step")
+    axes[1].barh(names, [line["memory"] / 2**30 for line in lines], color="#8172b3")
+    axes[1].set_xlabel("peak memory, GiB")
+    axes[2].barh(names, [line.get("disk", 0) / 2**30 for line in lines], color="#937860")
+    axes[2].set_xlabel("recording on disk, GiB")
+    figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)
 
 
 if __name__ == "__main__":
