@@ -6,16 +6,13 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
-from rich.table import Column
 from tyro.conf import Positional, arg
 
 from inrun.errors import InrunError
+from inrun.lm.bar import Bar
 from inrun.lm.config import BYTES
 from inrun.lm.replay import replay_run
 from inrun.replaying.face import Clock
-
-_LINE_EVERY = 15.0  # seconds between two lines of a log
 
 
 @dataclass(frozen=True)
@@ -46,8 +43,13 @@ def run(config: Replay) -> int:
         if not (name and sign and path) or name in targets:
             raise InrunError(f"--target {given!r}: give each target once, as NAME=FILE.")
         targets[name] = path
-    console = Console()
-    bar = _Bar(console)
+    console, clock = Console(), Clock()
+    bar = Bar(console, "replay {task.completed:.0f}/{task.total}")
+
+    def progress(done: float, steps: int, loss: float | None) -> None:
+        text = clock.text(done, steps, loss)
+        bar.show(done, steps, text, f"replay {done:.0f}/{steps} steps  {text}")
+
     try:
         ledger = replay_run(
             config.run,
@@ -55,39 +57,10 @@ def run(config: Replay) -> int:
             horizon=config.horizon,
             hessian=config.hessian,
             memory=config.memory,
-            progress=bar,
+            progress=progress,
         )
     finally:
         bar.stop()
     where = f"{shlex.quote(str(config.run))} --scheme {ledger.scheme}"
     console.print(f"see the values with: inrun top {where}, inrun report {where}", highlight=False, soft_wrap=True)
     return 0
-
-
-class _Bar:
-    """Where the replay is, as a bar in a terminal and as lines in a log."""
-
-    def __init__(self, console: Console) -> None:
-        self._console, self._clock, self._said = console, Clock(), 0.0
-        self._bar = Progress(
-            TextColumn("replay {task.completed:.0f}/{task.total}"),
-            BarColumn(bar_width=None, table_column=Column(ratio=1)),
-            TextColumn("{task.description}"),
-            console=console,
-            expand=True,
-        )
-        self._task = self._bar.add_task("", total=None)
-
-    def __call__(self, done: float, steps: int, loss: float | None) -> None:
-        text = self._clock.text(done, steps, loss)
-        if self._console.is_terminal:
-            self._bar.start()
-            self._bar.update(self._task, total=steps, completed=done, description=text)
-        elif self._clock.seconds - self._said >= _LINE_EVERY or done == steps:
-            self._said = self._clock.seconds
-            self._console.print(f"replay {done:.0f}/{steps} steps  {text}", highlight=False, soft_wrap=True)
-
-    def stop(self) -> None:
-        """Give the terminal back."""
-        if self._console.is_terminal:
-            self._bar.stop()

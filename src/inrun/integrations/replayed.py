@@ -38,6 +38,14 @@ def recording_of(trainer: Any, given: bool | Recording) -> bool | Recording:
     )
 
 
+def optimizer_of(trainer: Any) -> Optimizer:
+    """The trainer's optimizer. Raises InrunError if it is none of torch's."""
+    found = trainer.optimizer
+    if not isinstance(found, Optimizer):
+        raise InrunError(f"the trainer's optimizer is a {type(found).__name__}, not one of torch.optim.")
+    return found
+
+
 def recorded(trainer: Any, inputs: Mapping[str, Any], args: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """What a training step's loss is made of."""
     return {
@@ -92,17 +100,13 @@ class Replay(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         trainer = self._trainer
-        if not isinstance(trainer.optimizer, Optimizer):
-            raise InrunError(
-                f"the trainer's optimizer is a {type(trainer.optimizer).__name__}, not one of torch.optim."
-            )
         with head_called(trainer):
             ledger = replay(
                 self._run,
                 batches_of(trainer, self._targets, self._id_column),
                 self._loss,
                 model=trainer.model,
-                optimizer=trainer.optimizer,
+                optimizer=optimizer_of(trainer),
                 train_loss=lambda model, data: step_loss(trainer, model, data),
                 **self._settings,
             )

@@ -16,7 +16,6 @@ import torch
 from accelerate.data_loader import DataLoaderDispatcher
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -25,7 +24,7 @@ from inrun.attributor import Attributor
 from inrun.errors import InrunError
 from inrun.integrations.books import Books
 from inrun.integrations.ids import CollateWithIds
-from inrun.integrations.replayed import Replay, Replayed, batches_of, recorded, recording_of
+from inrun.integrations.replayed import Replay, Replayed, batches_of, optimizer_of, recorded, recording_of
 from inrun.integrations.replayed import model_loss as model_loss
 from inrun.integrations.sft import check_attention, head_called, packed_with_ids, packs, shifted
 from inrun.ledger import Ledger
@@ -224,9 +223,7 @@ class InrunCallback(TrainerCallback):
 
     def _begin(self, args: TrainingArguments, state: TrainerState) -> None:
         trainer = self._trainer
-        optimizer = trainer.optimizer
-        if not isinstance(optimizer, Optimizer):
-            raise InrunError(f"the trainer's optimizer is a {type(optimizer).__name__}, not one of torch.optim.")
+        optimizer = optimizer_of(trainer)
         resume = state.global_step > 0 if self._resume is None else self._resume
         targets = batches_of(trainer, self._targets, self._id_column)
         self._shifts, self._books = self._inside.enter_context(head_called(trainer)), Books()

@@ -4,36 +4,22 @@ import time
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
-from rich.table import Column
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from inrun.integrations.transformers import InrunCallback
-
-LINE_EVERY = 15.0  # seconds between two lines of a log
+from inrun.lm.bar import Bar
 
 
 class ProgressCallback(TrainerCallback):
     """Shows where the run is. The rate and the time left are of this process: a resumed run starts its clock anew."""
 
     def __init__(self, attached: InrunCallback, console: Console) -> None:
-        self._attached, self._console = attached, console
-        self._begun_at, self._begun, self._said, self._loss = 0, 0.0, 0.0, 0.0
-        self._bar = Progress(
-            # never wrapped, so that a narrow terminal takes room from the bar and not from the count
-            TextColumn("step {task.completed}/{task.total}"),
-            BarColumn(bar_width=None, table_column=Column(ratio=1)),
-            TextColumn("{task.description}"),
-            console=console,
-            expand=True,
-        )
-        self._task = self._bar.add_task("", total=None)
+        self._begun_at, self._begun, self._loss = 0, 0.0, 0.0
+        self._attached, self._bar = attached, Bar(console, "step {task.completed}/{task.total}")
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self._begun_at, self._begun, self._said = state.global_step, time.monotonic(), 0.0
-        self._bar.update(self._task, total=state.max_steps, completed=state.global_step)
-        if self._console.is_terminal:
-            self._bar.start()
+        self._begun_at, self._begun = state.global_step, time.monotonic()
+        self._bar.begin(state.global_step, state.max_steps)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         attributor = self._attached.attributor
@@ -42,23 +28,18 @@ class ProgressCallback(TrainerCallback):
         done = state.global_step - self._begun_at
         share = 0.05 if done > 20 else 1 / max(done, 1)
         self._loss += share * ((attributor.train_loss or 0.0) - self._loss)
-        now = time.monotonic()
-        rate = done / (now - self._begun)
+        rate = done / (time.monotonic() - self._begun)
         left = (state.max_steps - state.global_step) / rate
         text = f"loss {self._loss:.3f}  values {attributor.total:+.3f} nats  {rate:.2f} steps/s  {clock(left)} left"
-        if self._console.is_terminal:
-            self._bar.update(self._task, completed=state.global_step, description=text)
-        elif now - self._said >= LINE_EVERY or state.global_step == state.max_steps:
-            self._said = now
-            self._console.print(f"step {state.global_step}/{state.max_steps}  {text}", highlight=False, soft_wrap=True)
+        line = f"step {state.global_step}/{state.max_steps}  {text}"
+        self._bar.show(state.global_step, state.max_steps, text, line)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.stop()
 
     def stop(self) -> None:
         """Give the terminal back."""
-        if self._console.is_terminal:  # elsewhere it never began, and stopping it would print an empty line
-            self._bar.stop()
+        self._bar.stop()
 
 
 def clock(seconds: float) -> str:

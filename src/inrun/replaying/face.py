@@ -183,10 +183,6 @@ class Clock:
         self._begun = time.monotonic()
         self._first: float | None = None
 
-    @property
-    def seconds(self) -> float:
-        return time.monotonic() - self._begun
-
     def text(self, done: float, steps: int, loss: float | None) -> str:
         if self._first is None:
             self._first, self._begun = done, time.monotonic()

@@ -87,7 +87,7 @@ class Passes:
         batch_dim: int,
         hessian: Hessian,
     ) -> None:
-        self._trajectory, self._units, self._names = trajectory, units, trajectory.names
+        self._trajectory, self._names = trajectory, trajectory.names
         self.hessian: Hessian = hessian
         self._given = _Given()
         self._account = Account(targets, self._given, units, processes)

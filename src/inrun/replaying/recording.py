@@ -242,7 +242,7 @@ class Recorder:
         for name, size in ((STEPS, lines), (TENSORS, tensors)):
             with open(self._folder / name, "r+b") as file:
                 file.truncate(size)
-        for at, path in self.checkpoints().items():
+        for at, path in checkpoints_in(self._folder).items():
             if at > self._steps:
                 path.unlink()
         self._random = {}
@@ -253,10 +253,6 @@ class Recorder:
         self._tape.close()
         self.discard()
         self._tape = self._cut(step)
-
-    def checkpoints(self) -> dict[int, Path]:
-        """Files by step, in their order."""
-        return checkpoints_in(self._folder)
 
     def begin(self, step: int, data: Any, *, first: bool) -> None:
         """A batch's block begins, in a run that has done so many steps; `first`: of its step.
@@ -347,7 +343,7 @@ class Recorder:
         self._pending, self._tree, self._added, self._steps = [], Tree(), 0, step
 
     def _checkpoint(self, step: int) -> None:
-        found = self.checkpoints()
+        found = checkpoints_in(self._folder)
         if step in found:
             return
         path = self._folder / CHECKPOINTS / f"{step:09d}.safetensors"

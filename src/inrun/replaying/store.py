@@ -75,7 +75,6 @@ class Tape:
     """Lines with tensors, appended. What is not flushed may be lost in a crash, and a torn end is cut off."""
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
         self._lines = open(folder / STEPS, "ab")  # noqa: SIM115 - closed by close()
         self._tensors = open(folder / TENSORS, "ab")  # noqa: SIM115
 
@@ -168,8 +167,8 @@ def checksum(tensors: Mapping[str, Tensor]) -> str:
     return found.hexdigest()
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> int:
-    """Write the file whole or not at all, with a checksum, and return its size in bytes. Raises RecordingError."""
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
+    """Write the file whole or not at all, with a checksum. Raises RecordingError."""
     from safetensors.torch import save_file
 
     held = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
@@ -187,7 +186,6 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], numbers: Mapping[st
     except Exception as error:  # safetensors has errors of its own for a full disk
         temporary.unlink(missing_ok=True)
         raise RecordingError(f"{path} could not be written ({error}): free space there, then go on.") from error
-    return path.stat().st_size
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
