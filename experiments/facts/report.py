@@ -1,28 +1,24 @@
 """From finished runs to result.json, the tables of README.md and figure.svg."""
 
 import importlib
-import platform
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
 
 from experiments.facts.planted import Fact
 from experiments.facts.training import Examples, Piece, Study, bm25, examples_of
-from experiments.fidelity.report import processor, short
+from experiments.results import Array, Row, short, table, versions
 
-Row = dict[str, Any]
-Array = NDArray[Any]
 TOP, NEAR = 0.01, 0.05  # of the examples
 BM25, OWN_LOSS, RANDOM = "BM25", "training loss", "random"
 
 
-def summarise(study: Study, paths: Mapping[Piece, Path], text: Path) -> Row:
+def summarise(study: Study, paths: Mapping[Piece, Path]) -> Row:
     """What result.json holds: the rank of every planted example and lure by every method, and the books."""
+    text = next(iter(paths.values())).with_name("text.json")
     ranks: list[Row] = []
     books: list[Row] = []
     again: list[Row] = []
@@ -48,7 +44,7 @@ def summarise(study: Study, paths: Mapping[Piece, Path], text: Path) -> Row:
         "books: in nats of the fact's target loss, sums of values over the planted examples, the lures and all others",
         "study": asdict(study),
         "steps": study.steps,
-        "versions": {"torch": torch.__version__, "python": platform.python_version(), "processor": processor()},
+        "versions": versions(),
         "methods": [_method(study, method, ranks) for method in (*dict(study.schemes), BM25, OWN_LOSS, RANDOM)],
         "orders": [_order(study, method, order, ranks) for method in dict(study.schemes) for order in study.left_out],
         "books": books,
@@ -161,11 +157,6 @@ def tables(result: Row) -> str:
     )
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
 def _methods_table(result: Row) -> str:
     rows = []
     for m in result["methods"]:
@@ -174,7 +165,7 @@ def _methods_table(result: Row) -> str:
         rows.append([m["method"], top, f"{m['near']:.0%}", f"{m['median_rank']:g}", f"{m['facts']:.0%}",
                      f"{m['auroc']:.3f}", f"{m['lures_top']:.0%}"])  # fmt: skip
     head = ["by", "in the top 1%", "in the top 5%", "median rank", "facts", "AUROC", "lures"]
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def _books_table(result: Row) -> str:
@@ -187,7 +178,7 @@ def _books_table(result: Row) -> str:
             cells.append(" / ".join(f"{share:.0%}" for share in np.median(shares, axis=0)))
         rows.append(cells)
     head = [f"`{scheme}`: planted / lures / others" for scheme in dict(result["study"]["schemes"])]
-    return _table(["fact", "before", "drop", *head], rows)
+    return table(["fact", "before", "drop", *head], rows)
 
 
 def _shares(books: Sequence[Row]) -> Array:
@@ -204,7 +195,7 @@ def _orders_table(result: Row) -> str:
         shares = [f"{row['top']:.0%}", f"{row['near']:.0%}", f"{row['median_rank']:g}"]
         rows.append([row["method"], row["order"], str(row["examples"]), *shares, *cells])
     head = ["by", "first", "examples", "in the top 1%", "in the top 5%", "median rank", "lost without", "sum of values"]
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def _ranks_table(result: Row) -> str:
@@ -220,7 +211,7 @@ def _ranks_table(result: Row) -> str:
                 step = found[BM25, seed, fact["name"], n]["step"]
                 cells.append(f"{step}: " + " / ".join("-" if r is None else str(r["rank"]) for r in of))
             rows.append(cells)
-    return _table(["planted", *(f"seed {seed}" for seed in study["seeds"])], rows)
+    return table(["planted", *(f"seed {seed}" for seed in study["seeds"])], rows)
 
 
 def draw(result: Row, path: Path) -> None:

@@ -5,7 +5,7 @@ import json
 import re
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from experiments.facts.planted import ANSWER_FIRST, FACTS, NAME_FIRST, Fact
+from experiments.study import fingerprint
 from inrun import Attributor, Ledger
 
 Batch = dict[str, Tensor]
@@ -55,9 +56,8 @@ class Study:
         return self.examples // self.batch
 
     def fingerprint(self) -> str:
-        """A hash of what decides a piece beside its name: one that is stored is only used again with the same."""
-        settings = {name: value for name, value in asdict(self).items() if name not in NOT_HASHED}
-        return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]
+        """Of what decides a piece beside its name."""
+        return fingerprint(self, but=NOT_HASHED)
 
 
 QUICK = Study(

@@ -1,24 +1,19 @@
 """From finished games and runs to result.json, the tables of README.md and figure.svg."""
 
 import importlib
-import json
-import platform
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from experiments.fidelity.training import Study
+from experiments.results import NAMES, Row, short, table, versions
 
-Row = dict[str, Any]
 METRICS = ("relative", "rmse", "spearman", "total")
 ACCOUNTS = ("value", "momentum", "decay", "unexplained")
 TABLED = ("sgd-proxy", "past", "first", "second", "path 1", "path 2", "path 4", "adaptive")
-BEGIN, END = "<!-- written by the run: begin -->", "<!-- written by the run: end -->"
-NAMES = {"sgd": "SGD", "momentum": "SGD, momentum 0.9", "adamw": "AdamW", "muon": "Muon and AdamW"}
 DRAWS = 2000  # of the bootstrap
 CURVE_EVERY = 5  # steps between two points of a curve
 CURVED = ("path 1", "credit")
@@ -30,20 +25,6 @@ def interval(values: Sequence[float]) -> list[float]:
     draws = np.random.default_rng(0).integers(len(found), size=(DRAWS, len(found)))
     low, high = np.percentile(np.median(found[draws], axis=1), [2.5, 97.5])
     return [short(np.median(found)), short(low), short(high)]
-
-
-def short(number: float) -> float:
-    """Four digits."""
-    return float(f"{number:.4g}")
-
-
-def processor() -> str:
-    """The processor's name, where the system tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def summarise(study: Study, games: Sequence[Row], booked: Sequence[Row]) -> Row:
@@ -72,7 +53,7 @@ def summarise(study: Study, games: Sequence[Row], booked: Sequence[Row]) -> Row:
     return {
         "about": "schemes: medians and 95% bootstrap intervals over games; books: medians over seeds; in nats",
         "study": asdict(study),
-        "versions": {"torch": torch.__version__, "python": platform.python_version(), "processor": processor()},
+        "versions": versions(),
         "later": later,
         "truth": truth,
         "schemes": cells,
@@ -119,22 +100,6 @@ def _curve(run: Mapping[str, list[float]]) -> Row:
     return {name: [short(value) for value in curve] for name, curve in curves.items()}
 
 
-def write(result: Row, out: Path, text: str, draw: Callable[[Row, Path], None] | None) -> None:
-    """A study's result.json, its tables between the marks of README.md, and its figure.svg, in this folder."""
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "result.json").write_text(as_text(result), "utf-8")
-    fill(out / "README.md", text)
-    if draw is not None:
-        draw(result, out / "figure.svg")
-
-
-def fill(page: Path, text: str) -> None:
-    """Put the text between the marks of a page; begin the page if there is none."""
-    before = page.read_text("utf-8") if page.exists() else f"{BEGIN}\n{END}\n"
-    head, _, rest = before.partition(BEGIN)
-    page.write_text(f"{head}{BEGIN}\n{text}\n{END}{rest.partition(END)[2]}", "utf-8")
-
-
 def short_table(result: Row) -> str:
     """For the project's README: relative error with its interval / Spearman at the largest rate that all share."""
     later = result["later"]
@@ -148,19 +113,7 @@ def short_table(result: Row) -> str:
             middle, low, high = cells[scheme]["relative"]
             shown.append(f"{middle:.2g} ({low:.2g} to {high:.2g}) / {cells[scheme]['spearman'][0]:.3f}")
         rows.append([f"{NAMES[optimizer]}, {rate:g}", *shown])
-    return _table(["optimizer, rate", *tabled], rows)
-
-
-def as_text(result: Mapping[str, Any]) -> str:
-    """JSON in which a list of rows is {"columns": names, "rows": one line for each}."""
-    lines = []
-    for name, value in result.items():
-        text = json.dumps(value)
-        if isinstance(value, list):
-            rows = ",\n  ".join(json.dumps(list(row.values())) for row in value)
-            text = f'{{"columns": {json.dumps(list(value[0]))}, "rows": [\n  {rows}\n ]}}'
-        lines.append(f" {json.dumps(name)}: {text}")
-    return "{\n" + ",\n".join(lines) + "\n}\n"
+    return table(["optimizer, rate", *tabled], rows)
 
 
 def tables(result: Row) -> str:
@@ -186,11 +139,6 @@ def tables(result: Row) -> str:
     )
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
 def _micro(nats: float) -> str:
     """In 1e-6 nats, three digits."""
     number = nats * 1e6
@@ -206,7 +154,7 @@ def _fidelity_table(result: Row, step: str) -> str:
             noise = f"{_micro(truth['noise_rmse'])} / {truth['noise_spearman']:.3f}"
             shown = [f"{_micro(cells[s]['rmse'][0])} / {cells[s]['spearman'][0]:.3f}" for s in tabled]
             rows.append([NAMES[truth["optimizer"]], f"{truth['rate']:g}", _micro(truth["shapley_rms"]), noise, *shown])
-    return _table(["optimizer", "rate", "size", "noise", *tabled], rows)
+    return table(["optimizer", "rate", "size", "noise", *tabled], rows)
 
 
 def _cost_table(result: Row, step: str) -> str:
@@ -216,7 +164,7 @@ def _cost_table(result: Row, step: str) -> str:
         cells = _cells(result, optimizer, rate, step)
         shown = [f"{c['time']:.1f} ({c['target_gradients']:.3g}); {c['total'][0]:.1%}" for c in cells.values()]
         rows.append([NAMES[optimizer], f"{rate:g}", *shown])
-    return _table(["optimizer", "rate", *result["study"]["schemes"]], rows)
+    return table(["optimizer", "rate", *result["study"]["schemes"]], rows)
 
 
 def _cells(result: Row, optimizer: str, rate: float, step: str) -> dict[str, Row]:
@@ -236,7 +184,7 @@ def _books_table(result: Row) -> str:
         cells = rows.setdefault(key, shared)
         cells.append(f"{book['value']:.4f}; {book['unexplained_share'][0]:.2%}")
     head = ["optimizer", "rate", "warm-up", "drop", "momentum", "decay", *accounts]
-    return _table(head, [[*key, *cells] for key, cells in rows.items()])
+    return table(head, [[*key, *cells] for key, cells in rows.items()])
 
 
 MARKERS = {

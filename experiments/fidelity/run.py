@@ -24,6 +24,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from experiments.fidelity import report
 from experiments.fidelity.games import play
 from experiments.fidelity.training import QUICK, Run, Study, books, loss, write_text
+from experiments.results import fill, write
 
 LINE_EVERY = 30.0  # seconds between two lines of a log
 WORK = {"game": 24.0, "books": 11.0}  # about how many seconds a piece takes, for the time left
@@ -236,9 +237,9 @@ def main(arguments: list[str] | None = None) -> None:
     games, booked = collect(study, store)
     out = options.out or (store.folder if options.quick else Path(__file__).parent)
     result = report.summarise(study, games, booked)
-    report.write(result, out, report.tables(result), None if options.no_figure else report.draw)
+    write(result, out, report.tables(result), None if options.no_figure else report.draw)
     if not options.quick and options.out is None:
-        report.fill(Path(__file__).parents[2] / "README.md", report.short_table(result))
+        fill(Path(__file__).parents[2] / "README.md", report.short_table(result))
     console.print(f"{out / 'result.json'}  ({(time.monotonic() - begun) / 60:.1f} min)", highlight=False)
 
 

@@ -3,12 +3,10 @@
 Tensors carry their shape in their name: B examples, T tokens, H heads, D width, V vocabulary.
 """
 
-import hashlib
-import json
 import math
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
 
+from experiments.study import fingerprint
 from inrun import Attributor, Ledger
 
 Rates = tuple[tuple[str, tuple[float, ...]], ...]
@@ -57,10 +56,8 @@ class Study:
     accounts: tuple[str, ...] = ("first", "second", "path 1", "path 2", "path 4", "adaptive", "credit")
 
     def fingerprint(self) -> str:
-        """A hash of what decides a piece beside its name: one that is stored is only used again with the same."""
-        listed = ("seeds", "moments", "first", "rates", "books", "accounts")
-        settings = {name: value for name, value in asdict(self).items() if name not in listed}
-        return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]
+        """Of what decides a piece beside its name."""
+        return fingerprint(self, but=("seeds", "moments", "first", "rates", "books", "accounts"))
 
 
 QUICK = Study(

@@ -1,8 +1,7 @@
 """From finished runs to result.json, the tables of README.md and figure.svg."""
 
 import importlib
-import platform
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -10,14 +9,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from experiments.fidelity.report import NAMES, processor, short
 from experiments.refresh.training import MIXED, OTHER, Piece, Study
+from experiments.results import NAMES, Array, Row, short, table, versions
 from inrun.game import spearman
 
-Row = dict[str, Any]
-Array = NDArray[Any]
 Run = Mapping[str, Array]
 TOP = 0.1  # of the examples
 
@@ -35,7 +31,7 @@ def summarise(study: Study, paths: Mapping[Piece, Path]) -> Row:
         f"overlap of the {TOP:.0%} of examples with the largest totals",
         "study": asdict(study),
         "steps": study.steps,
-        "versions": {"torch": torch.__version__, "python": platform.python_version(), "processor": processor()},
+        "versions": versions(),
         "training": [_training(study, optimizer, rate, runs) for optimizer, rate in study.rates],
         "refresh": list(_refresh(study, runs)),
         "ages": list(_ages(study, runs)),
@@ -214,11 +210,6 @@ def tables(result: Row) -> str:
     )
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
 def _cell(row: Row, name: str) -> str:
     """The median with its range: correlations as they are, shares in percent."""
     form = "{:.2f}" if name.endswith("spearman") else "{:.1%}" if row[name][0] < 0.0995 else "{:.0%}"
@@ -247,7 +238,7 @@ def _refresh_table(result: Row) -> str:
         against_path = [_cell(row, name) for name in PATH]
         rows.append([_of(row), str(row["refresh"]), f"{row['taken'][0]:.0f}", *own, *against_path])
     columns = (STEP | EXAMPLES | SOURCES).values()
-    return _table(["optimizer, rate", "refresh", "passes", *columns, *PATH.values()], rows)
+    return table(["optimizer, rate", "refresh", "passes", *columns, *PATH.values()], rows)
 
 
 def _rotation_table(result: Row) -> str:
@@ -258,7 +249,7 @@ def _rotation_table(result: Row) -> str:
         totals = [_cell(row, name) for name in ("top", "source_error", "source_spearman")]
         rows.append([f"{_of(row)}, `{row['scheme']}`", row["target"], row["batch"], step, example, *totals])
     head = ["optimizer, rate, scheme", "target", "batch", "step: Spearman", *EXAMPLES.values(), *SOURCES.values()]
-    return _table([*head, "Spearman"], rows)
+    return table([*head, "Spearman"], rows)
 
 
 def _both_table(result: Row) -> str:
@@ -267,7 +258,7 @@ def _both_table(result: Row) -> str:
         [_of(row), str(row["refresh"]), str(row["batch"]), *(_cell(row, name) for name in columns)]
         for row in result["both"]
     ]
-    return _table(["optimizer, rate", "refresh", "batch", *columns.values()], rows)
+    return table(["optimizer, rate", "refresh", "batch", *columns.values()], rows)
 
 
 def draw(result: Row, path: Path) -> None:

@@ -1,10 +1,9 @@
 """What the study trains: its settings, real text with its sources, and a run whose every value is kept."""
 
 import hashlib
-import json
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from experiments.fidelity.training import GPT, loss, optimizers_of
 from experiments.fidelity.training import Study as Model
+from experiments.study import fingerprint
 from inrun import Attributor, Ledger
 
 Scheme = Literal["path", "first"]
@@ -70,10 +70,8 @@ class Study:
         return f"{target}-{self.target}"
 
     def fingerprint(self) -> str:
-        """A hash of what decides a piece beside its name: one that is stored is only used again with the same."""
-        listed = ("seeds", "rates", "refresh")
-        settings = {name: value for name, value in asdict(self).items() if name not in listed}
-        return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]
+        """Of what decides a piece beside its name."""
+        return fingerprint(self, but=("seeds", "rates", "refresh"))
 
 
 QUICK = Study(

@@ -1,22 +1,17 @@
 """From finished pieces to result.json, the tables of README.md and figure.svg."""
 
 import importlib
-import platform
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
 
-from experiments.fidelity.report import NAMES, processor, short
+from experiments.pieces import seconds
 from experiments.replay.training import Piece, Study
-from inrun.game import spearman
+from experiments.results import NAMES, Array, Row, auroc, correlation, short, spread, table, versions
 
-Row = dict[str, Any]
-Array = NDArray[Any]
 Pieces = Mapping[Piece, Mapping[str, Array]]
 DRAWS = 1000  # of the bootstrap
 SHOWN = ("replay", "path")  # in the figure, beside the truth
@@ -37,8 +32,8 @@ def summarise(study: Study, paths: Mapping[Piece, Path]) -> Row:
         "[mean, lowest, highest] over the seeds; without: the target's loss after training without the lowest values",
         "study": asdict(study),
         "steps": study.steps,
-        "seconds": short(float(sum(np.ravel(of["seconds"])[0] for of in pieces.values()))),
-        "versions": {"torch": torch.__version__, "python": platform.python_version(), "processor": processor()},
+        "seconds": short(seconds(paths.values())),
+        "versions": versions(),
         "runs": [_run(study, pieces, piece) for piece in values],
         "methods": [_method(study, pieces, piece, name, GAMES) for piece in whole for name in study.methods],
         "seeds": [_seed(study, pieces, piece, name, seed) for piece in whole for name in SHOWN for seed in study.seeds],
@@ -76,22 +71,6 @@ def lds(of_seeds: Sequence[tuple[Array, Array]]) -> list[float]:
     return [short(x) for x in (float(np.mean(found)), low, high)]
 
 
-def correlation(values: Array, truth: Array) -> float:
-    """Spearman's."""
-    found = spearman(torch.from_numpy(values), torch.from_numpy(truth))
-    return float("nan") if found is None else found
-
-
-def auroc(values: Array, wrong: Array) -> float:
-    """How often an example with a wrong label has a lower value than one with a right label."""
-    return float((values[wrong][:, None] < values[~wrong][None]).mean())
-
-
-def interval(values: Sequence[float]) -> list[float]:
-    """Mean, lowest and highest."""
-    return [short(float(of(values))) for of in (np.mean, np.min, np.max)]
-
-
 def _seeds(study: Study, pieces: Pieces, piece: Piece, part: Any) -> list[Mapping[str, Array]]:
     return [pieces[replace(piece, seed=seed, part=part)] for seed in study.seeds]
 
@@ -108,16 +87,16 @@ def _run(study: Study, pieces: Pieces, piece: Piece) -> Row:
     runs, single = (_seeds(study, pieces, piece, part) for part in ("values", "single"))
     both = [(run["replay"], of["change"], run["wrong"]) for run, of in zip(runs, single, strict=True)]
     found = {
-        "loss_first": interval([float(of["loss"][0]) for of in runs]),
-        "loss_last": interval([float(of["loss"][1]) for of in runs]),
-        "right_held_out": interval([float(of["right"][0]) for of in runs]),
-        "right_training": interval([float(of["right"][1]) for of in runs]),
-        "single_spearman": interval([correlation(values, change) for values, change, _ in both]),
-        "single_auroc": interval([auroc(change, wrong) for _, change, wrong in both]),
-        "adjoint_growth": interval([float(of["adjoint"].max() / of["adjoint"][-1]) for of in runs]),
+        "loss_first": spread([float(of["loss"][0]) for of in runs]),
+        "loss_last": spread([float(of["loss"][1]) for of in runs]),
+        "right_held_out": spread([float(of["right"][0]) for of in runs]),
+        "right_training": spread([float(of["right"][1]) for of in runs]),
+        "single_spearman": spread([correlation(values, change) for values, change, _ in both]),
+        "single_auroc": spread([auroc(change, wrong) for _, change, wrong in both]),
+        "adjoint_growth": spread([float(of["adjoint"].max() / of["adjoint"][-1]) for of in runs]),
     }
     if piece.whole(study):
-        found["without_wrong"] = interval([float(of["without_wrong"][0]) for of in runs])
+        found["without_wrong"] = spread([float(of["without_wrong"][0]) for of in runs])
     return _key(piece) | found | ({} if "without_wrong" in found else {"without_wrong": None})
 
 
@@ -129,9 +108,9 @@ def _method(study: Study, pieces: Pieces, piece: Piece, name: str, games: Sequen
             sums = [of[f"keep-{kept:g}"].astype(float) @ run[name] for run, of in zip(runs, again, strict=True)]
             truth = [-of[f"{game}-{kept:g}"] for of in again]
             found[f"lds_{game}_{kept:g}"] = lds(list(zip(sums, truth, strict=True)))
-    found["auroc"] = interval([auroc(run[name], run["wrong"]) for run in runs])
+    found["auroc"] = spread([auroc(run[name], run["wrong"]) for run in runs])
     if len(games) > 1:
-        found["without"] = interval([float(run["without"][study.methods.index(name)]) for run in runs])
+        found["without"] = spread([float(run["without"][study.methods.index(name)]) for run in runs])
     return found
 
 
@@ -149,7 +128,7 @@ def _sizes(study: Study, pieces: Pieces) -> Iterator[Row]:
             pairs = [(of["first_order"][k], of["real"][k]) for of in runs]
             correlations = [correlation(x, y) for x, y in pairs]
             slopes = [float(np.polyfit(x, y, 1)[0]) for x, y in pairs]
-            found = {"spearman": interval(correlations), "slope": interval(slopes)}
+            found = {"spearman": spread(correlations), "slope": spread(slopes)}
             yield _key(piece) | {"size": size} | found
 
 
@@ -192,11 +171,6 @@ def tables(result: Row) -> str:
     )
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
 def _cell(numbers: Sequence[float], digits: int = 2) -> str:
     middle, low, high = (f"{number:.{digits}f}" for number in numbers)
     return middle if low == high else f"{middle} ({low} to {high})"
@@ -210,7 +184,7 @@ def _methods_table(result: Row) -> str:
     for row in result["methods"]:
         cells = [_cell(row[name]) for name in columns]
         rows.append([NAMES[row["optimizer"]], row["method"], *cells, _cell(row["auroc"]), _cell(row["without"], 3)])
-    return _table(["optimizer", "by", *heads, "AUROC", "loss"], rows)
+    return table(["optimizer", "by", *heads, "AUROC", "loss"], rows)
 
 
 def _seeds_line(result: Row) -> str:
@@ -241,7 +215,7 @@ def _settings_table(result: Row) -> str:
         rows.append([NAMES[run["optimizer"]], run["activation"], run["schedule"], ends, *cells, single])
     kinds = " / ".join([*(f"{k:.0%}" for k in study["kept"]), "AUROC"])
     names = [f"`{name}`: {kinds}" for name in study["reduced"]]
-    return _table(["optimizer", "activation", "rate", "target: loss; right", *names, "single"], rows)
+    return table(["optimizer", "activation", "rate", "target: loss; right", *names, "single"], rows)
 
 
 def _sizes_table(result: Row) -> str:
@@ -251,7 +225,7 @@ def _sizes_table(result: Row) -> str:
         cells = rows.setdefault((NAMES[row["optimizer"]], row["activation"]), [])
         cells.append(f"{row['spearman'][0]:.3f} / {row['slope'][0]:.2f}")
     head = ["optimizer", "activation", *(f"{size:g}" for size in sizes)]
-    return _table(head, [[*key, *cells] for key, cells in rows.items()])
+    return table(head, [[*key, *cells] for key, cells in rows.items()])
 
 
 def draw(result: Row, path: Path) -> None:

@@ -5,11 +5,10 @@ Tensors carry their shape in their name: N training examples, B of a batch, D fe
 
 import hashlib
 import importlib
-import json
 import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +21,7 @@ from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
 from torch.optim import Optimizer
 
+from experiments.study import fingerprint
 from inrun import Attributor, Ledger, replay
 
 Batch = tuple[Tensor, Tensor]  # features [B, D] and labels [B]
@@ -78,9 +78,8 @@ class Study:
         return (*replays, "path", "path, credit", "first", "sgd-proxy", "last checkpoint", "random", CENTRED)
 
     def fingerprint(self) -> str:
-        """A hash of what decides a piece beside its name: one that is stored is only used again with the same."""
-        settings = {name: value for name, value in asdict(self).items() if name not in NOT_HASHED}
-        return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]
+        """Of what decides a piece beside its name."""
+        return fingerprint(self, but=NOT_HASHED)
 
 
 QUICK = Study(

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from experiments import results
 from experiments.replay import report, run, subsets, training
 from inrun.game import spearman
 
@@ -72,8 +73,8 @@ def test_the_bootstrap_repeats_what_a_resample_is() -> None:
 
 def test_auroc() -> None:
     values = np.array([0.1, 0.5, 0.3, 0.9])
-    assert report.auroc(values, np.array([True, False, True, False])) == 1
-    assert report.auroc(values, np.array([False, True, True, False])) == 0.5
+    assert results.auroc(values, np.array([True, False, True, False])) == 1
+    assert results.auroc(values, np.array([False, True, True, False])) == 0.5
 
 
 def _rows(table: dict[str, list[Any]]) -> list[dict[str, Any]]:
