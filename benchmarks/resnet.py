@@ -1,8 +1,8 @@
-"""ResNet-18 (He et al., 2015) for images of 32 x 32: a first convolution of 3 x 3 and no pooling before the stages.
+"""ResNet-18 (He et al., 2015) for small images: a first convolution of 3 x 3 and no pooling before the stages.
 
 Batch normalisation in training mode makes examples depend on one another, so that no example has a gradient of its own.
 What stands in its place: batch normalisation with fixed statistics ("frozen-batch", as in fine-tuning), or group
-normalisation ("group").
+normalisation over four channels each ("group").
 """
 
 from typing import Literal
@@ -22,7 +22,7 @@ class FrozenBatchNorm(nn.BatchNorm2d):
 
 
 def norm_of(norm: Norm, channels: int) -> nn.Module:
-    return FrozenBatchNorm(channels) if norm == "frozen-batch" else nn.GroupNorm(min(32, channels), channels)
+    return FrozenBatchNorm(channels) if norm == "frozen-batch" else nn.GroupNorm(channels // 4, channels)
 
 
 class Block(nn.Module):
@@ -45,11 +45,16 @@ class Block(nn.Module):
 
 
 class ResNet18(nn.Module):
-    """Four stages of two blocks; `width` channels in the first, twice as many in every next one."""
+    """Four stages of two blocks; `width` channels in the first, twice as many in every next one.
 
-    def __init__(self, norm: Norm = "frozen-batch", classes: int = 10, width: int = 64) -> None:
+    `colours` are the images' channels, `stride` is that of the first convolution.
+    """
+
+    def __init__(
+        self, norm: Norm = "frozen-batch", classes: int = 10, width: int = 64, colours: int = 3, stride: int = 1
+    ) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(3, width, 3, padding=1, bias=False)
+        self.conv = nn.Conv2d(colours, width, 3, stride, padding=1, bias=False)
         self.norm = norm_of(norm, width)
         blocks, inner = [], width
         for stage in range(4):
@@ -59,9 +64,13 @@ class ResNet18(nn.Module):
         self.blocks = nn.Sequential(*blocks)
         self.head = nn.Linear(inner, classes)
 
+    def features(self, x_BCHW: Tensor) -> Tensor:
+        """What the head sees: [B, 8 * width]."""
+        y_BCHW: Tensor = self.blocks(F.relu(self.norm(self.conv(x_BCHW))))
+        return y_BCHW.mean(dim=(2, 3))
+
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        y_BCHW = self.blocks(F.relu(self.norm(self.conv(x_BCHW))))
-        logits: Tensor = self.head(y_BCHW.mean(dim=(2, 3)))
+        logits: Tensor = self.head(self.features(x_BCHW))
         return logits
 
 

@@ -1,0 +1,1 @@
+"""Mislabeled images: which values find them, and what training on the best images gives."""

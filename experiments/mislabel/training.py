@@ -1,0 +1,196 @@
+"""The images with some wrong labels, the training, and the values of the run itself.
+
+Tensors carry their shape in their name: N training images, B of a batch.
+"""
+
+import hashlib
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim import Adam
+
+from benchmarks.resnet import ResNet18
+from experiments.mislabel.config import IN_RUN, NORMALISED, Piece, Study
+from experiments.results import Array
+from experiments.sources import IMAGES, Images
+from inrun import Attributor, Ledger, replay
+
+Batch = tuple[Tensor, Tensor]  # images [B, 1, 28, 28] and classes [B]
+TARGET = "held out"
+CLASSES = 10
+OTHER = 1000  # what is added to a seed where a model must begin with other weights than the run's
+
+
+@dataclass(frozen=True)
+class Data:
+    """A seed's training set with its wrong labels, in the order of its use epoch by epoch, its target and test set."""
+
+    x: Tensor
+    y: Tensor
+    wrong: Tensor
+    target: Batch
+    tested: Batch
+    orders: Sequence[Tensor]
+
+    def steps(self, batch: int) -> Iterator[tuple[int, Tensor]]:
+        """The epoch and the images' places, step by step."""
+        for epoch, order in enumerate(self.orders):
+            for places in torch.split(order, batch):
+                yield epoch, places
+
+    def only(self, kept: Tensor, epochs: int, seed: int) -> "Data":
+        """With these images alone, in an order of their own."""
+        random = torch.Generator().manual_seed(seed)
+        orders = [torch.randperm(len(kept), generator=random) for _ in range(epochs)]
+        return replace(self, x=self.x[kept], y=self.y[kept], wrong=self.wrong[kept], orders=orders)
+
+
+def data_of(study: Study, source: str, seed: int) -> Data:
+    random, sizes = np.random.default_rng(seed), [study.examples, study.target, study.tested]
+    images, classes = blobs(study) if source == "blobs" else IMAGES[source]()
+    chosen = random.permutation(len(classes))[: sum(sizes)]
+    x, target, tested = torch.split(torch.from_numpy(images[chosen]), sizes)
+    right, of_target, of_tested = torch.split(torch.from_numpy(classes[chosen]), sizes)
+    wrong = torch.zeros(study.examples, dtype=torch.bool)
+    wrong[random.choice(study.examples, round(study.wrong * study.examples), replace=False)] = True
+    another = torch.from_numpy(random.integers(1, CLASSES, study.examples))
+    y = torch.where(wrong, (right + another) % CLASSES, right)
+    orders = [torch.from_numpy(random.permutation(study.examples)) for _ in range(study.epochs)]
+    return Data(x, y, wrong, (target, of_target), (tested, of_tested), orders)
+
+
+def blobs(study: Study) -> Images:
+    """Made-up images, which need nothing installed."""
+    random = np.random.default_rng(0)
+    classes = random.integers(CLASSES, size=study.examples + study.target + study.tested)
+    centres = random.normal(size=(CLASSES, 1, 28, 28))
+    return (centres[classes] + random.normal(size=(len(classes), 1, 28, 28))).astype(np.float32), classes
+
+
+class Run:
+    """A training that can be done again."""
+
+    def __init__(self, study: Study, seed: int, data: Data) -> None:
+        self.study, self.seed, self.data = study, seed, data
+
+    def model(self, other: int = 0) -> nn.Module:
+        """With the weights that the run begins with, or others."""
+        torch.manual_seed(self.seed + OTHER * other)
+        return ResNet18("group", classes=CLASSES, width=self.study.width, colours=1, stride=2)
+
+    def optimizer(self, model: nn.Module) -> Adam:
+        return Adam(model.parameters(), lr=self.study.rate)
+
+    def train(self, model: nn.Module, epochs: int | None = None) -> Iterator[int]:
+        """Train plainly; after each epoch, its number."""
+        optimizer, at = self.optimizer(model), 0
+        for epoch, places in self.data.steps(self.study.batch):
+            if epoch != at:
+                yield at
+                at = epoch
+            if epoch == epochs:
+                return
+            self.step(model, optimizer, places)
+        yield at
+
+    def step(self, model: nn.Module, optimizer: Adam, places: Tensor) -> None:
+        loss(model, (self.data.x[places], self.data.y[places])).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def run_of(study: Study, piece: Piece) -> Run:
+    return Run(study, piece.seed, data_of(study, piece.source, piece.seed))
+
+
+def loss(model: nn.Module, batch: Batch) -> Tensor:
+    return F.cross_entropy(model(batch[0]), batch[1])
+
+
+def evaluated(model: nn.Module, batch: Batch) -> tuple[float, float]:
+    """The mean loss in nats, and the share that is right."""
+    with torch.no_grad():
+        logits = torch.cat([model(part) for part in torch.split(batch[0], 200)])
+    return float(F.cross_entropy(logits, batch[1])), float((logits.argmax(1) == batch[1]).float().mean())
+
+
+def hash_of(model: nn.Module) -> str:
+    return hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in model.parameters())).hexdigest()
+
+
+def valued(study: Study, piece: Piece) -> dict[str, Any]:
+    """A run with an Attributor, as in a user's loop; for `path` also its replays.
+
+    Returns:
+        `NAME` [epochs, N], and normalised by step: the sums of every image's values, epoch by epoch; `replay`,
+        `replay-h` [N]; `wrong` [N]; `target` [2], `test` [2], `train` [2]: loss and share right at the end; `drop`: of
+        the target's loss, in nats; `weights`: their hash at the end.
+    """
+    scheme, run = piece.part.removeprefix("in-run "), run_of(study, piece)
+    model, data, found = run.model(), run.data, {}
+    optimizer, before = run.optimizer(model), evaluated(model, run.data.target)[0]
+    batches = list(zip(*(torch.split(tensor, study.batch) for tensor in data.target), strict=True))
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        settings: dict[str, Any] = {"kernel": "tangent", "ledger": folder, **IN_RUN[scheme]}
+        with Attributor(model, optimizer, {TARGET: batches}, loss, **settings) as attributor:
+            for _, places in data.steps(study.batch):
+                batch = (data.x[places], data.y[places])
+                with attributor.batch(places, data=batch if "replayable" in settings else None):
+                    loss(model, batch).backward()  # type: ignore[no-untyped-call]
+                optimizer.step()
+                optimizer.zero_grad()
+        for normalised in (False, True):
+            found[scheme + NORMALISED * normalised] = by_epoch(study, Ledger(folder), normalised)
+        if scheme == "path":
+            for replayed, horizon in (("replay", None), ("replay-h", study.horizon)):
+                values = replay(
+                    folder, {TARGET: data.target}, loss, model=model, optimizer=optimizer,
+                    horizon=horizon, progress=lambda done, steps, now: None,
+                )  # fmt: skip
+                found[replayed] = by_epoch(study, values, False).sum(axis=0)
+    ends = {part: np.array(evaluated(model, batch)) for part, batch in
+            (("target", data.target), ("test", data.tested), ("train", (data.x, data.y)))}  # fmt: skip
+    drop = np.array(before - ends["target"][0])
+    return found | ends | {"wrong": data.wrong.numpy(), "drop": drop, "weights": np.array(hash_of(model))}
+
+
+def by_epoch(study: Study, ledger: Ledger, normalised: bool) -> Array:
+    """The sums of every image's values by epoch: [epochs, N]."""
+    rows = ledger.scan().collect()
+    places, values, steps = (rows[name].to_numpy() for name in ("id", "value", "step"))
+    steps = steps - steps.min()
+    if normalised:
+        values = values / np.bincount(steps, np.abs(values))[steps]
+    cells = steps * study.epochs // study.steps * study.examples + places
+    sums = np.bincount(cells, values, minlength=study.epochs * study.examples)
+    return sums.reshape(study.epochs, study.examples).astype(np.float64)
+
+
+def selected(study: Study, piece: Piece, values: Array | None) -> dict[str, Any]:
+    """Training on the images of the highest values, for as many epochs as the run, from other weights.
+
+    Returns:
+        `accuracy` [kept], or [1] for all images: the share right of the test images; `loss` the same way; `wrong`: how
+        many wrong labels were kept.
+    """
+    found: dict[str, list[float]] = {"accuracy": [], "loss": [], "wrong": []}
+    data = data_of(study, piece.source, piece.seed)
+    order = np.arange(study.examples) if values is None else np.argsort(-values, kind="stable")
+    for share in study.kept if values is not None else (1.0,):
+        kept = torch.from_numpy(np.sort(order[: round(share * study.examples)]))
+        run = Run(study, piece.seed, data.only(kept, study.epochs, piece.seed))
+        model = run.model(other=study.models)
+        for _ in run.train(model):
+            pass
+        end = evaluated(model, data.tested)
+        for name, value in zip(found, (end[1], end[0], float(data.wrong[kept].sum())), strict=True):
+            found[name].append(value)
+    return {name: np.array(of) for name, of in found.items()}
