@@ -12,13 +12,15 @@ from experiments.results import Array
 NOT_VALUES = ("kind", "step", "target", "weights", "seconds")
 ONE_PASS = "path, one pass"
 CONTROLS = ("random", "random again", "oracle")
+PARTS = ("path, rubbish", "path, clean")  # `path`, but that nothing else is below zero
 
 
 def values_of(study: Study, paths: Mapping[Piece, Path], seed: int) -> dict[str, Array]:
     """Every method's values of the blocks: [N]. `path` and `first` are of the main target, `path, one pass` of the
     first use of every block alone.
 
-    Of `oracle` rubbish is below zero, and all else above.
+    Of `oracle` rubbish is below zero, and all else above; `path, rubbish` and `path, clean` are those of `path` there,
+    and one elsewhere.
     """
     found: dict[str, Array] = {}
     for piece in pieces_of(study):
@@ -31,6 +33,7 @@ def values_of(study: Study, paths: Mapping[Piece, Path], seed: int) -> dict[str,
                         found[ONE_PASS] = arrays[name][0]
     bad = rubbish_of(study, paths, seed)
     draws = [np.random.default_rng([seed, k]).uniform(size=study.blocks) for k in range(len(CONTROLS))]
+    found |= dict(zip(PARTS, (np.where(which, found["path"], 1.0) for which in (bad, ~bad)), strict=True))
     return found | dict(zip(CONTROLS, (draws[0], draws[1], draws[2] - bad), strict=True))
 
 

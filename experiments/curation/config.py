@@ -24,14 +24,14 @@ class Study:
     characters: int = 500_000  # of each source, at most
     vocabulary: int = 2048
     length: int = 64  # tokens of a block
-    width: int = 128
+    width: int = 96
     layers: int = 3
     heads: int = 4
-    blocks: int = 2400  # of the training set
+    blocks: int = 4000  # of the training set
     epochs: int = 2
     batch: int = 16
-    rate: float = 1e-3
-    warmup: int = 30  # steps; then half a cosine to a tenth of the rate
+    rate: float = 3e-3
+    warmup: int = 50  # steps; then half a cosine to a tenth of the rate
     originals: int = 4  # blocks that the copies are of, and as many others that the near copies are of
     replaced: float = 0.05  # of the tokens of a near copy
     sizes: tuple[int, ...] = (8, 32, 128)  # held-out blocks of a target; the last one is the main one
@@ -46,11 +46,12 @@ class Study:
     seeds: tuple[int, ...] = (0, 1, 2)
     wide: tuple[int, ...] = (0,)  # the seeds for which the main target is valued with all its blocks in every step, too
     passes: tuple[str, ...] = ("proxy", "influence")
-    # what is dropped before training again, by the values of what; `random` and `oracle` are controls
+    # what is dropped before training again, by the values of what; `random` and `oracle` are controls, `path, rubbish`
+    # and `path, clean` say which part of what `path` has below zero does what
     curations: tuple[tuple[str, str], ...] = (
         (SHARE, "random"), (SHARE, "random again"), (NEGATIVES, "oracle"), (SHARE, "oracle"),
         (NEGATIVES, "path"), (NEGATIVES, "path, one pass"), (NEGATIVES, "path, broad"), (NEGATIVES, "path, 8"),
-        (NEGATIVES, "first"), (NEGATIVES, "sgd-proxy"),
+        (NEGATIVES, "path, rubbish"), (NEGATIVES, "path, clean"), (NEGATIVES, "first"), (NEGATIVES, "sgd-proxy"),
         (SHARE, "path, by step"), (SHARE, "path, broad"), (SHARE, "first"), (SHARE, "sgd-proxy"), (SHARE, "replay"),
         (SHARE, "influence"), (SHARE, "loss"),
     )  # fmt: skip
@@ -82,7 +83,7 @@ QUICK = Study(
     every=5, hessian=8, iterations=2, seeds=(0,), wide=(0,), passes=("proxy",),
     curations=(
         (SHARE, "random"), (NEGATIVES, "oracle"), (NEGATIVES, "path"), (NEGATIVES, "first"), (SHARE, "path, by step"),
-        (SHARE, "replay"), (SHARE, "loss"),
+        (SHARE, "replay"), (SHARE, "loss"), (NEGATIVES, "path, rubbish"), (NEGATIVES, "path, clean"),
     ),
 )  # fmt: skip
 

@@ -157,7 +157,7 @@ def _dropped(study: Study, loaded: Loaded, masks: Masks) -> Iterator[Row]:
 
 
 def _time(study: Study, loaded: Loaded, masks: Masks) -> Iterator[Row]:
-    """As the run goes by, of the uses in a part of its steps: `path`'s negative share by group, and the weight."""
+    """As the run goes by, of the uses in a part of its steps: `path`'s negative share by group, AUROC, and weight."""
     for k in range(BINS):
         row: dict[str, list[float]] = {}
         for seed in study.seeds:
@@ -165,6 +165,8 @@ def _time(study: Study, loaded: Loaded, masks: Masks) -> Iterator[Row]:
             values, now = run[f"path, {study.main}"], run["step"] * BINS // study.steps == k
             for group in GROUPS:
                 row.setdefault(group, []).append(float((values[now & masks[seed][group]] < 0).mean()))
+            both = {name: np.tile(masks[seed][name], (study.epochs, 1))[now] for name in ("rubbish", "clean")}
+            row.setdefault("auroc", []).append(_between(values[now], both, "rubbish", "clean"))
             row.setdefault("weight", []).append(float(np.abs(values[now]).sum() / np.abs(values).sum()))
         yield {"until": short((k + 1) / BINS), **{name: short(float(np.mean(of))) for name, of in row.items()}}
 
@@ -195,9 +197,11 @@ def tables(result: Row) -> str:
         table(["by", *pairs, *rubbish],
               [[row["by"], *(shown(row[name]) for name in pairs), *(f"{row[kind]:.2f}" for kind in rubbish)]
                for row in result["auroc"]]),
-        "**As the run goes by**: percent of the uses with a negative value by `path`, and of all absolute values.",
-        table(["until", *GROUPS, "of all values"],
-              [[f"{100 * row['until']:.0f}%", *(f"{100 * row[name]:.0f}" for name in (*GROUPS, "weight"))]
+        "**As the run goes by**: percent of the uses with a negative value by `path`, AUROC of rubbish among them, and "
+        "what percent of all absolute values they have.",
+        table(["until", *GROUPS, "AUROC", "of all values"],
+              [[f"{100 * row['until']:.0f}%", *(f"{100 * row[name]:.0f}" for name in GROUPS), f"{row['auroc']:.2f}",
+                f"{100 * row['weight']:.0f}"]
                for row in result["time"]]),
         "**The runs**: the main target's loss before and after, the sum of the values of `path`, and the test loss of "
         "training again on all data, in nats.",
