@@ -27,11 +27,11 @@ class Study:
     width: int = 96
     layers: int = 3
     heads: int = 4
-    blocks: int = 4000  # of the training set
+    blocks: int = 3200  # of the training set
     epochs: int = 2
     batch: int = 16
     rate: float = 3e-3
-    warmup: int = 50  # steps; then half a cosine to a tenth of the rate
+    warmup: int = 40  # steps; then half a cosine to a tenth of the rate
     originals: int = 4  # blocks that the copies are of, and as many others that the near copies are of
     replaced: float = 0.05  # of the tokens of a near copy
     sizes: tuple[int, ...] = (8, 32, 128)  # held-out blocks of a target; the last one is the main one
