@@ -49,6 +49,8 @@ def compute(
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         waiting = {pool.submit(_bring, work, piece, paths[piece]): piece for piece in missing}
         for k, done in enumerate(as_completed(waiting), start=1):
+            if done.exception() is not None:
+                pool.shutdown(cancel_futures=True)  # or it would go on to the last piece before it says so
             done.result()
             _tell(console, k, len(missing), waiting[done], begun)
     return paths
@@ -58,6 +60,7 @@ def _tell(console: Console, done: int, of: int, piece: Piece, begun: float) -> N
     """A line for a finished piece, with the time left if the others take as long."""
     left = (time.monotonic() - begun) / done * (of - done) / 60
     console.print(f"{done}/{of}  {piece.name}  {left:.0f} min left", highlight=False)
+    console.file.flush()
 
 
 def seconds(paths: Iterable[Path]) -> float:

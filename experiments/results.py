@@ -125,6 +125,11 @@ def as_text(result: Mapping[str, Any]) -> str:
     return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
+def table_rows(table: Mapping[str, Any]) -> list[Row]:
+    """What `as_text` wrote of a list of rows."""
+    return [dict(zip(table["columns"], row, strict=True)) for row in table["rows"]]
+
+
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """In Markdown."""
     lines = [head, ["---"] * len(head), *rows]

@@ -32,7 +32,8 @@ def carry_out(
 
     Args:
         name: of the study; in its module `report` `summarise(study, paths)` is the result, `tables(result)` are
-            the tables of its README, `draw(result, path)` writes the figure.
+            the tables of its README, `draw(result, path)` writes the figure, `headline(result)` is what the project's
+            README says of it, in a line.
         compute: compute(study, folder, workers, console) brings all pieces into the folder, and returns their paths.
     """
     report = import_module(f"experiments.{name}.report")
@@ -51,5 +52,17 @@ def carry_out(
     paths = compute(chosen, folder, options.workers, console)
     out = options.out or (folder if options.quick else Path(str(report.__file__)).parent)
     result = report.summarise(chosen, paths)
+    if not options.quick and options.out is None:
+        tell(name, report.headline(result))
     write(result, out, report.tables(result), None if options.no_figure else report.draw)
     console.print(f"{out / 'result.json'}  ({(time.monotonic() - begun) / 60:.1f} min)", highlight=False)
+
+
+def tell(name: str, headline: str, page: Path = Path(__file__).parents[1] / "README.md") -> None:
+    """Put the line into the project's README, in its table of studies."""
+    link = f"| [{name}](experiments/{name}/README.md) |"
+    lines = page.read_text("utf-8").splitlines()
+    (at,) = [k for k, line in enumerate(lines) if line.startswith(link)]
+    question = lines[at].removeprefix(link).partition("|")[0].strip()
+    lines[at] = f"{link} {question} | {headline} |"
+    page.write_text("\n".join(lines) + "\n", "utf-8")

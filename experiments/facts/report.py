@@ -131,6 +131,13 @@ def _auroc(examples: int, ranks: Sequence[int]) -> float:
     return above / (others * len(ranks))
 
 
+def headline(result: Row) -> str:
+    """For the project's README."""
+    top = {row["method"]: row["top"] for row in result["methods"]}
+    shares = ", ".join(f"{name} {top[name]:.0%}" for name in (*dict(result["study"]["schemes"]), BM25, OWN_LOSS))
+    return f"in the top 1%, of the sentences that teach a fact: {shares}"
+
+
 def tables(result: Row) -> str:
     """The study's tables in Markdown."""
     study, schemes = result["study"], dict(result["study"]["schemes"])

@@ -24,6 +24,7 @@ SELECTED = {  # its accuracy when trained on the best 20, 40, 60 and 80%
     "random": ".350 .461 .525 .559", "sgd-proxy": ".344 .472 .541 .580", "KNN, features": ".354 .478 .525 .563",
     "influence": ".320 .450 .530 .580",
 }  # fmt: skip
+TOLD = ("path", "path, by step", "replay-h", "sgd-proxy", "influence", "TRAK-many", "KNN, features", "loss")
 NOT_VALUES = ("wrong", "target", "test", "train", "drop", "weights", "seconds", "right first")
 
 
@@ -116,6 +117,17 @@ def _selection(study: Study, loaded: Mapping[Piece, Mapping[str, Array]]) -> Ite
             for k, share in enumerate(study.kept if part != method else (1.0,)):
                 found = {name: spread([float(run[name][k]) for run in runs]) for name in ("accuracy", "loss", "wrong")}
                 yield {"source": source, "method": method, "kept": share, **found}
+
+
+def headline(result: Row) -> str:
+    """For the project's README."""
+    found: dict[str, list[str]] = {}
+    for row in result["methods"]:
+        found.setdefault(row["method"], []).append(f"{row['auroc'][0]:.2f}")
+    named = [name for name in TOLD if name in found]
+    return f"AUROC on {' / '.join(result['study']['sources'])}: " + ", ".join(
+        f"{name} {' / '.join(found[name])}" for name in named
+    )
 
 
 def tables(result: Row) -> str:

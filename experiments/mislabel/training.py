@@ -152,7 +152,7 @@ def valued(study: Study, piece: Piece) -> dict[str, Any]:
         if scheme == "path":
             for replayed, horizon in (("replay", None), ("replay-h", study.horizon)):
                 values = replay(
-                    folder, {TARGET: data.target}, loss, model=model, optimizer=optimizer,
+                    folder, {TARGET: batches}, loss, model=model, optimizer=optimizer,
                     horizon=horizon, progress=lambda done, steps, now: None,
                 )  # fmt: skip
                 found[replayed] = by_epoch(study, values, False).sum(axis=0)

@@ -189,6 +189,13 @@ def _against_whole(
     return by_step(values, truth, np.ones(len(values), dtype=bool)) | by_total(run, values, truth)
 
 
+def headline(result: Row) -> str:
+    """For the project's README."""
+    found = {row["refresh"]: row["example_spearman"][0] for row in result["refresh"] if row["optimizer"] == "adamw"}
+    shown = ", ".join(f"every {age} steps {of:.2f}" for age, of in found.items() if age > 1)
+    return f"AdamW, Spearman of the examples' totals with those of a new gradient every step: {shown}"
+
+
 def tables(result: Row) -> str:
     """The study's tables in Markdown."""
     whole = result["study"]["target"]

@@ -114,6 +114,16 @@ def _shown(study: Study, pieces: Pieces, whole: Sequence[Piece]) -> Iterator[Row
         yield {"optimizer": piece.optimizer} | {name: [short(float(x)) for x in of] for name, of in rows.items()}
 
 
+def headline(result: Row) -> str:
+    """For the project's README."""
+    found = {row["method"]: row for row in result["methods"] if row["optimizer"] == "adamw"}
+    shown = "; ".join(
+        f"{name} {found[name]['lds_weightless_0.9'][0]:.2f} and {found[name]['auroc'][0]:.2f}"
+        for name in ("replay", "path", "sgd-proxy")
+    )
+    return f"AdamW and GELU, LDS at 90% kept and AUROC of wrong labels: {shown}"
+
+
 def tables(result: Row) -> str:
     """The study's tables in Markdown."""
     study = result["study"]

@@ -10,6 +10,7 @@ import pytest
 
 from experiments.facts import report, run, training
 from experiments.facts.planted import FACTS
+from experiments.results import table_rows
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft's
 
@@ -21,7 +22,7 @@ def test_quick(tmp_path: Path) -> None:
     run.main(arguments)
     written = (tmp_path / "out" / "result.json").read_text("utf-8")
     result = json.loads(written)
-    ranks, books = _rows(result["ranks"]), _rows(result["books"])
+    ranks, books = table_rows(result["ranks"]), table_rows(result["books"])
     assert len(ranks) == 5 * 2 * 5  # methods, facts, and a fact's planted examples and lures
     assert all(1 <= row["rank"] <= training.QUICK.examples for row in ranks)
     found = {(row["method"], row["fact"], row["sentence"]): row["rank"] for row in ranks if row["kind"] == "planted"}
@@ -31,7 +32,7 @@ def test_quick(tmp_path: Path) -> None:
         total = sum(book[name] for name in ("planted", "lures", "others"))
         if book["scheme"] == "path, credit":  # all of the drop is somebody's
             assert total == pytest.approx(book["drop"], rel=0.2)
-    left_out = {(row["fact"], row["without"]): row["lost"] for row in _rows(result["again"])}
+    left_out = {(row["fact"], row["without"]): row["lost"] for row in table_rows(result["again"])}
     assert len(left_out) == 2 * 2
     assert all(nats != 0 for nats in left_out.values())
     assert "| path | " in (tmp_path / "out" / "README.md").read_text("utf-8")
@@ -87,7 +88,3 @@ def _okapi(often: int, length: int, texts: list[str], having: int) -> Any:
     mean = np.mean([len(text.split()) for text in texts])
     weight = np.log(1 + (len(texts) - having + 0.5) / (having + 0.5))
     return weight * often * 2.5 / (often + 1.5 * (0.25 + 0.75 * length / mean))
-
-
-def _rows(table: dict[str, list[Any]]) -> list[dict[str, Any]]:
-    return [dict(zip(table["columns"], row, strict=True)) for row in table["rows"]]

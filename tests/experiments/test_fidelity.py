@@ -3,11 +3,11 @@
 import json
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from experiments.fidelity import run, training
+from experiments.results import table_rows
 
 
 def test_quick(tmp_path: Path) -> None:
@@ -17,14 +17,14 @@ def test_quick(tmp_path: Path) -> None:
     run.main(arguments)
     written = (tmp_path / "out" / "result.json").read_text("utf-8")
     result = json.loads(written)
-    error = {(c["optimizer"], c["step"], c["scheme"]): c["relative"][0] for c in _rows(result["schemes"])}
+    error = {(c["optimizer"], c["step"], c["scheme"]): c["relative"][0] for c in table_rows(result["schemes"])}
     for optimizer in ("sgd", "adamw"):  # large steps
         assert error[optimizer, "12", "path 4"] < 0.1
         assert error[optimizer, "12", "path 4"] < 0.5 * error[optimizer, "12", "first"]
     assert error["sgd", "12", "first"] == error["sgd", "12", "sgd-proxy"]
     assert error["adamw", "12", "first"] < 0.5 * error["adamw", "12", "sgd-proxy"]
     assert error["adamw", "1", "path 4"] > 1  # a sign: no scheme is close
-    for book in _rows(result["books"]):
+    for book in table_rows(result["books"]):
         accounts = sum(book[name] for name in ("value", "momentum", "decay", "unexplained"))
         assert accounts == pytest.approx(book["drop"], abs=1e-3)
         assert abs(book["unexplained"]) < 0.05 * book["drop"]
@@ -38,13 +38,9 @@ def test_quick(tmp_path: Path) -> None:
     again = {path: path.stat().st_mtime_ns for path in tmp_path.glob("store/*/*.json")}
     assert [path for path in pieces if pieces[path] != again[path]] == [lost]
     repeated = json.loads((tmp_path / "out" / "result.json").read_text("utf-8"))
-    for one, other in zip(_rows(result["schemes"]), _rows(repeated["schemes"]), strict=True):
+    for one, other in zip(table_rows(result["schemes"]), table_rows(repeated["schemes"]), strict=True):
         assert one | {"time": 0} == other | {"time": 0}
     assert all(result[name] == repeated[name] for name in result if name != "schemes")
-
-
-def _rows(table: dict[str, list[Any]]) -> list[dict[str, Any]]:
-    return [dict(zip(table["columns"], row, strict=True)) for row in table["rows"]]
 
 
 def test_another_study_finds_no_pieces() -> None:

@@ -3,12 +3,12 @@
 import json
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
 from experiments.refresh import report, run, training
+from experiments.results import table_rows
 
 
 def test_quick(tmp_path: Path) -> None:
@@ -18,7 +18,7 @@ def test_quick(tmp_path: Path) -> None:
     run.main(arguments)
     written = (tmp_path / "out" / "result.json").read_text("utf-8")
     result = json.loads(written)
-    found = {(row["optimizer"], row["refresh"]): row for row in _rows(result["refresh"])}
+    found = {(row["optimizer"], row["refresh"]): row for row in table_rows(result["refresh"])}
     for optimizer in ("sgd", "adamw"):
         taken = [found[optimizer, k]["taken"][0] for k in training.QUICK.refresh]
         steps = range(1, training.QUICK.steps + 1)
@@ -26,7 +26,7 @@ def test_quick(tmp_path: Path) -> None:
         assert found[optimizer, 1]["step_error"] == [0, 0, 0]
         assert 0 < found[optimizer, 2]["step_error"][0] < found[optimizer, 4]["step_error"][0] < 1
         assert found[optimizer, 2]["example_spearman"][0] > 0.9
-    for row in _rows(result["rotation"]):
+    for row in table_rows(result["rotation"]):
         assert -1 <= row["example_spearman"][0] <= 1
         assert 0 <= row["top"][0] <= 1
     assert "| AdamW, 0.005 | 4 |" in (tmp_path / "out" / "README.md").read_text("utf-8")
@@ -78,7 +78,3 @@ def test_a_mean_over_unrelated_sequences() -> None:
     measured = np.corrcoef(drawn, values.mean(axis=0))[0, 1]
     assert measured == pytest.approx(report.unrelated(sequences, size, draws), abs=0.03)
     assert report.unrelated(sequences, sequences, 1) == 1
-
-
-def _rows(table: dict[str, list[Any]]) -> list[dict[str, Any]]:
-    return [dict(zip(table["columns"], row, strict=True)) for row in table["rows"]]

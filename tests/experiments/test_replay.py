@@ -3,14 +3,13 @@
 import json
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from experiments import results
 from experiments.replay import run, training
+from experiments.results import auroc, spearmans, table_rows
 from experiments.retraining import loss_alone, losses_at_end
 from inrun.game import spearman
 
@@ -21,13 +20,13 @@ def test_quick(tmp_path: Path) -> None:
     arguments += [] if figure else ["--no-figure"]
     run.main(arguments)
     result = json.loads((tmp_path / "out" / "result.json").read_text("utf-8"))
-    methods = {(row["optimizer"], row["method"]): row for row in _rows(result["methods"])}
+    methods = {(row["optimizer"], row["method"]): row for row in table_rows(result["methods"])}
     for optimizer in ("adamw", "momentum"):
         mine = {method: row for (of, method), row in methods.items() if of == optimizer}
         assert list(mine) == list(training.QUICK.methods)
         assert mine["replay"]["lds_weightless_0.9"][0] > 0.8 > mine["random"]["lds_weightless_0.9"][0]
-    assert all(row["single_spearman"][0] > 0.9 for row in _rows(result["runs"]) if row["activation"] == "GELU")
-    for row in _rows(result["sizes"]):
+    assert all(row["single_spearman"][0] > 0.9 for row in table_rows(result["runs"]) if row["activation"] == "GELU")
+    for row in table_rows(result["sizes"]):
         if row["size"] < 1e-4:  # there first order is all there is
             assert row["spearman"][0] == 1
             assert row["slope"][0] == pytest.approx(1, abs=1e-3)
@@ -69,14 +68,10 @@ def test_the_bootstrap_repeats_what_a_resample_is() -> None:
     drawn = random.integers(30, size=30)
     counts = np.bincount(drawn, minlength=30).astype(float)[None]
     expected = spearman(torch.from_numpy(x[drawn]), torch.from_numpy(y[drawn]))
-    assert results.spearmans(x, y, counts)[0] == pytest.approx(expected)
+    assert spearmans(x, y, counts)[0] == pytest.approx(expected)
 
 
 def test_auroc() -> None:
     values = np.array([0.1, 0.5, 0.3, 0.9])
-    assert results.auroc(values, np.array([True, False, True, False])) == 1
-    assert results.auroc(values, np.array([False, True, True, False])) == 0.5
-
-
-def _rows(table: dict[str, list[Any]]) -> list[dict[str, Any]]:
-    return [dict(zip(table["columns"], row, strict=True)) for row in table["rows"]]
+    assert auroc(values, np.array([True, False, True, False])) == 1
+    assert auroc(values, np.array([False, True, True, False])) == 0.5

@@ -1,17 +1,22 @@
 """`inrun train` killed at random moments and resumed each time ends with the ledger of a run that never was."""
 
+import multiprocessing
 import os
 import random
-import signal
-import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import TextIO
 
 import polars as pl
 import torch
 
 from inrun import Ledger
+from inrun.cli.main import main
 from inrun.replaying.record import Record
 from tests.lm.corpus import write_corpus
 
@@ -20,7 +25,7 @@ KILLS = 10
 
 def command(corpus: Path, run: Path) -> list[str]:
     return [
-        sys.executable, "-m", "inrun.cli.main", "train", str(corpus), "--out", str(run), "--target-from", "domain",
+        "train", str(corpus), "--out", str(run), "--target-from", "domain",
         "--target-share", "0.2", "--target-examples", "6", "--target-batch", "3", "--vocab-size", "400",
         "--sequence", "32",
         "--batch", "4", "--accumulation", "2", "--steps", "120", "--audit-every", "7", "--save-every", "5",
@@ -28,30 +33,47 @@ def command(corpus: Path, run: Path) -> list[str]:
     ]  # fmt: skip
 
 
-def environment() -> dict[str, str]:
-    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+def train(arguments: list[str], out: Connection) -> None:
+    """`inrun train` in a process of its own, which writes to the connection."""
+    os.dup2(out.fileno(), 1)
+    sys.stdout = open(1, "w", buffering=1, encoding="utf-8", closefd=False)  # noqa: SIM115 - until the process ends
+    torch.set_num_threads(1)
+    sys.exit(main(arguments))
 
 
-def finish(command: list[str]) -> None:
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+@contextmanager
+def started(arguments: list[str]) -> Iterator[tuple[BaseProcess, TextIO]]:
+    """The process, from one that has imported all it needs, and what it prints."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["inrun.cli.main", "inrun.lm.train", __name__])
+    mine, its = context.Pipe(duplex=False)
+    process = context.Process(target=train, args=(arguments, its))
+    process.start()
+    its.close()
+    with os.fdopen(os.dup(mine.fileno()), encoding="utf-8") as lines:
+        yield process, lines
+    process.join()
 
 
-def start_and_kill(command: list[str], chance: random.Random) -> bool:
+def finish(arguments: list[str]) -> None:
+    with started(arguments) as (process, lines):
+        said = lines.read()
+        process.join()
+    assert process.exitcode == 0, said
+
+
+def start_and_kill(arguments: list[str], chance: random.Random) -> bool:
     """Start a run and kill it, at any moment of its start or of its first steps; False if it had ended."""
-    with subprocess.Popen(
-        command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    ) as process:
-        assert process.stdout is not None
+    with started(arguments) as (process, lines):
         if chance.random() < 0.3:
-            time.sleep(chance.uniform(0.1, 6.0))
+            time.sleep(chance.uniform(0.1, 2.0))
         else:
-            for line in process.stdout:
+            for line in lines:
                 if line.startswith("step "):
                     break
             time.sleep(chance.uniform(0.1, 2.0))
-        running = process.poll() is None
-        process.send_signal(signal.SIGKILL)
+        running = process.is_alive()
+        process.kill()
     return running
 
 

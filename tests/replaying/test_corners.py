@@ -17,7 +17,7 @@ from inrun.replaying import walk
 from inrun.update import Moved, SGDUpdate
 from tests.models import CASES
 from tests.replaying import runs
-from tests.replaying.runs import Run, largest_difference
+from tests.replaying.runs import EXAMPLES, Run, largest_difference
 from tests.replaying.test_values import unrolled
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -62,6 +62,21 @@ class Reentrant(nn.Module):
         return torch.as_tensor(checkpoint(self.after, x, use_reentrant=True) if self.training else self.after(x))
 
 
+class Turning(nn.Module):
+    """A ReLU at its kink, which turns with the rounding of attention's plain form, in the first batch of step 2."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model, self.at = CASES["mlp"].build(), CASES["mlp"].batch(EXAMPLES, 20)[0]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.model(x)
+        if torch.equal(x, self.at):
+            rounding = -1e-12 if torch.backends.cuda.flash_sdp_enabled() else 1e-12
+            y = y + torch.relu(y - y.detach() + rounding)
+        return torch.as_tensor(y)
+
+
 def channels_last() -> nn.Module:
     model = CASES["convolutional"].build()
     for p in model.parameters():
@@ -102,6 +117,17 @@ def test_models_out_of_the_ordinary(tmp_path: Path, case: str, build: Any) -> No
 def test_a_model_that_counts_its_passes_is_replayed_by_differences_too(tmp_path: Path) -> None:
     run = Run(replace(CASES["mlp"], build=Counting), "momentum", 0.3, steps=3, folder=tmp_path / "run")
     close_to_retraining(run, hessian="difference")
+
+
+def test_a_step_whose_plain_gradient_is_another_is_gone_back_through_by_differences(tmp_path: Path) -> None:
+    run = Run(replace(CASES["mlp"], build=Turning), "momentum", 0.3, steps=3, folder=tmp_path / "run")
+    close_to_retraining(run)
+    ledger = run.replay()
+    assert ledger.run["replays"][0]["hessian"] == "double"
+    errors = ledger.steps().sort("step")["hessian_error"]
+    assert errors.is_null().to_list() == [True, False, True]
+    with pytest.raises(InrunError, match=r"step 2: the gradient that torch's plain kernels make.*is not the run's"):
+        run.replay({"other": run.target(1)}, hessian="double")
 
 
 def test_betas_may_be_a_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

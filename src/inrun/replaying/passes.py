@@ -11,9 +11,10 @@ whose error is estimated from another difference of twice the length. (A longer 
 kinks, of ReLU and the like, whose bends are no part of a derivative.)
 """
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -89,6 +90,8 @@ class Passes:
     ) -> None:
         self._trajectory, self._names = trajectory, trajectory.names
         self.hessian: Hessian = hessian
+        self._asked: Hessian = hessian
+        self._recurrent = any(isinstance(module, nn.RNNBase) for module in trajectory.model.modules())
         self._given = _Given()
         self._account = Account(targets, self._given, units, processes)
         kernels = Kernels("tangent", units, len(targets), False, False, None)
@@ -117,24 +120,27 @@ class Passes:
         if double:
             try:
                 pending, made = self._passes(batches, gamma, products)
-                double = self.hessian == "double" or self._is_the_runs(made, moves, batches)
+                double = self._is_the_runs(step, made, moves, batches)
             except RuntimeError as problem:
                 if not _no_second(problem):
                     raise
-                if self.hessian == "double":
+                if self._asked == "double":
                     raise InrunError(
                         f"step {step}: the training loss has no double backward pass ({problem}): use "
                         "hessian='difference'."
                     ) from problem
                 double = False
-        if not double:
+        if double:  # whose gradient has other roundings than the run's: the books are of what the values are of
+            moves = {p: replace(moved, gradient=made[p]) for p, moved in moves.items()}
+        else:
             for microbatch in pending:
                 microbatch.captured.release()
             pending, _ = self._passes(batches, {}, {})
         if curved:
-            self.hessian = "double" if double else "difference"
+            if self.hessian == "auto":
+                self.hessian = "double" if double else "difference"
             if not double:
-                products, error = self._difference(batches, gamma, measured)
+                products, error = self._difference(batches, gamma, measured or self.hessian == "double")
         self._given.gamma = gamma
         received = Received(self._names)
         received.take(moves)
@@ -150,8 +156,8 @@ class Passes:
         gamma: Mapping[nn.Parameter, Tensor],
         products: dict[nn.Parameter, Tensor],
     ) -> tuple[list[Microbatch], dict[nn.Parameter, Tensor]]:
-        """Forward and backward passes, captured; the Hessian times gamma, if there is one, is added to the products.
-        Returns the gradient, too, if it is not known yet that it is the run's.
+        """Forward and backward passes, captured. The Hessian times gamma, if there is one, is added to the products,
+        and the gradient is returned, too.
         """
         pending, made = [], dict[nn.Parameter, Tensor]()
         self._trajectory.restore_buffers()
@@ -162,7 +168,7 @@ class Passes:
             formed = Formed(examples, self._names, self._pool)
             captured = Captured(examples, formed, packed=packed, by_token=packed is not None)
             with (
-                plain_kernels() if gamma else nullcontext(),
+                plain_kernels(self._recurrent) if gamma else nullcontext(),
                 uncompiled(),
                 self._capture.batch(captured, _nothing),
             ):
@@ -188,25 +194,32 @@ class Passes:
         for call in captured.calls:
             call.ended = True
         _add_products(parameters, gradients, gamma, products)
-        if self.hessian == "auto":
-            for p, g in zip(parameters, gradients, strict=True):
-                if g is not None:
-                    made[p] = made[p] + g.detach() if p in made else g.detach()
+        for p, g in zip(parameters, gradients, strict=True):
+            if g is not None:
+                made[p] = made[p] + g.detach() if p in made else g.detach()
 
-    def _is_the_runs(self, made: Mapping[nn.Parameter, Tensor], moves: Moves, batches: Sequence[Batch]) -> bool:
-        """Whether the gradient that plain kernels made is the run's. (Weights inside of a reentrant checkpoint are in
-        no graph, and have none.)
+    def _is_the_runs(self, step: int, made: dict[nn.Parameter, Tensor], moves: Moves, batches: Sequence[Batch]) -> bool:
+        """Whether the gradient that plain kernels made is the run's, and there is one of every weight. (Weights inside
+        of a reentrant checkpoint are in no graph, and have none. Where an attention's other form rounds otherwise, a
+        ReLU close to zero may turn, and the gradient with it.)
+
+        Raises InrunError where it is not, and "double" was asked for.
         """
         apart = whole = 0.0
         for p, moved in moves.items():
-            size = float(moved.gradient.double().square().sum())
-            if p not in made and size:
-                return False
-            whole += size
-            apart += float((made[p] - moved.gradient).double().square().sum()) if p in made else 0.0
+            of = made.setdefault(p, torch.zeros_like(moved.gradient))
+            whole += float(moved.gradient.double().square().sum())
+            apart += float((of - moved.gradient).double().square().sum())
         halves = any(batch.autocast is not None for batch in batches)
         bound = max(_HALF_APART if halves else _APART.get(p.dtype, _HALF_APART) for p in moves)
-        return apart <= bound**2 * whole
+        alike = apart <= bound**2 * whole
+        if not alike and self._asked == "double":
+            raise InrunError(
+                f"step {step}: the gradient that torch's plain kernels make, which have a double backward pass, is not "
+                f"the run's (a relative distance of {math.sqrt(apart / whole) if whole else math.inf:.1e}; rounding is "
+                f"below {bound:.0e}): use hessian='auto'."
+            )
+        return alike
 
     def _gradient(self, batches: Sequence[Batch]) -> dict[nn.Parameter, Tensor]:
         """The gradient of the step's loss at the weights as they are."""

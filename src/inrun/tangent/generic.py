@@ -1,7 +1,7 @@
 """The generic rule: forward-mode differentiation of one module with respect to its own parameters."""
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -79,9 +79,17 @@ def _given(module: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def plain_kernels() -> Iterator[None]:
-    """Attention and recurrent layers in the form that has a forward mode and a double backward."""
-    with sdpa_kernel(SDPBackend.MATH), cudnn.flags(enabled=False), _without_mkldnn():
+def plain_kernels(recurrent: bool = True) -> Iterator[None]:
+    """Attention and recurrent layers in the form that has a forward mode and a double backward.
+
+    `recurrent`: whether there are such layers. Without libraries for them convolutions, too, are slower and round
+    otherwise.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        if recurrent:
+            stack.enter_context(cudnn.flags(enabled=False))
+            stack.enter_context(_without_mkldnn())
         yield
 
 
