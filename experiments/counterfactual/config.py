@@ -45,12 +45,12 @@ class Model:
     pretrained: bool = True  # of "lora": SmolLM2, and its tokenizer; otherwise a small model with random weights
     horizon: int = 50  # steps
     # training again
-    kept: tuple[tuple[float, int], ...] = ((0.9, 200), (0.5, 200))  # shares of the examples, and how many subsets
+    kept: tuple[tuple[float, int], ...] = ((0.9, 50), (0.5, 50))  # shares of the examples, and how many subsets
     games: tuple[str, ...] = GAMES  # the first, for every share; the second, for the largest
     single: int = 0  # examples that are left out by themselves
     removed: tuple[float, ...] = (0.01, 0.05, 0.1)  # shares, of the lowest and of the highest values
     by: tuple[str, ...] = METHODS  # methods whose lowest and highest are removed
-    draws: int = 20  # random removals of every share
+    draws: int = 5  # random removals of every share
     others: int = 0  # trainings with other weights and another order, of the same removals and subsets
     at_once: int = 50  # trainings
     block: int = 1000  # subsets in a piece
@@ -68,12 +68,12 @@ class Model:
 
 MLP = Model(
     "MLP", "mlp", ("digits",), "digits", examples=500, held_out=500, batch=20, epochs=8, rate=3e-3, warmup=25,
-    seeds=(0, 1, 2, 3, 4), single=500, others=5,
+    seeds=(0, 1, 2, 3, 4), kept=((0.9, 150), (0.5, 150)), single=500, draws=10, others=3,
 )  # fmt: skip
 GPT = Model(
     "GPT", "gpt", ("scripture", "code", "news", "parliament", "tweets"), "news", examples=640, held_out=64, batch=16,
-    epochs=3, rate=3e-3, warmup=20, seeds=(0, 1, 2), kept=((0.9, 32), (0.5, 32)), single=16, draws=4, at_once=8,
-    trak=3,
+    epochs=5, rate=5e-3, warmup=20, seeds=(0, 1, 2), width=48, kept=((0.9, 32), (0.5, 32)), single=16, draws=4,
+    by=tuple(name for name in METHODS if name not in (CENTRED, "first")), at_once=8, trak=3,
 )  # fmt: skip
 LORA = Model(
     "LoRA", "lora", ("scripture", "parliament", "tweets"), "parliament", examples=240, held_out=24, batch=8, epochs=1,
@@ -97,7 +97,7 @@ class Study:
 
 _TINY: dict[str, Any] = {
     "seeds": (0,), "kept": ((0.9, 12), (0.5, 6)), "single": 4, "removed": (0.1,), "draws": 2, "trak": 1,
-    "iterations": 3, "horizon": 3,
+    "iterations": 3, "horizon": 3, "by": (REPLAY, "path", RANDOM),
 }  # fmt: skip
 QUICK = Study(
     models=(

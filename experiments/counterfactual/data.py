@@ -68,10 +68,8 @@ def tokenizer_of(model: Model, texts: list[str]) -> Any:
     """encode(texts) -> tokens of each: SmolLM2's, or one of the model's size, learnt of these texts."""
     from inrun.lm.tokens import train_tokenizer
 
-    if model.kind == "lora":
-        given = facts.tokenizer_of(facts.Study())
-    else:
-        given = train_tokenizer(texts, model.vocabulary)
+    lora = model.kind == "lora"
+    given = facts.tokenizer_of(facts.Study()) if lora else train_tokenizer(texts, model.vocabulary)
     return lambda of: given(of, add_special_tokens=False)["input_ids"]
 
 

@@ -53,9 +53,7 @@ class Gpt(nn.Module):
 
 
 class Lora(nn.Module):
-    """A language model of Hugging Face's with LoRA, with attention by its plain kernel, which vmap and a double backward
-    pass go through.
-    """
+    """Hugging Face's language model with LoRA. Attention is by its plain kernel, for vmap and double backward."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()

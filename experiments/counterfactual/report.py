@@ -1,6 +1,6 @@
 """From finished pieces to result.json, the tables of README.md and figure.svg."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,9 +11,10 @@ from experiments.counterfactual.config import GAMES, IN_NATS, IN_RUN, METHODS, R
 from experiments.pieces import seconds
 from experiments.results import Array, Row, correlation, figure, lds, short, shown, spread, table, versions
 
-Arrays = Mapping[str, Array]
-TOLERANCE = 1e-3  # nats, between losses of the same training with sums in another order
-OWN, OTHERS = "own", "others"  # beginnings and orders: the run's, or others'
+OTHERS = "others"  # trainings from other weights in another order
+ENDS = ("lowest", "highest")  # values
+SHOWN = ("replay", "path", "influence")  # in the figure, beside the truth
+TOLD = ("replay", "path", "influence", "TRAK", "random")  # in the project's README
 
 
 def values_of(paths: Mapping[Piece, Path], model: Model, seed: int) -> dict[str, Array]:
@@ -55,6 +56,8 @@ def summarise(study: Study, paths: Mapping[Piece, Path]) -> Row:
     """What result.json holds."""
     of_models = {model: [Seed(paths, model, seed) for seed in model.seeds] for model in study.models}
     settings = [asdict(model) for model in study.models]
+    libraries = ["dattri", "traker", "transformers", "peft"]
+    libraries += ["scikit-learn"] if any("digits" in model.sources for model in study.models) else []
     return {
         "about": "Changes are of the target's loss in nats, by really training again, against training with all "
         "examples. lds_GAME_SHARE: Spearman correlation over subsets of the change and the sum of the values left out, "
@@ -64,12 +67,20 @@ def summarise(study: Study, paths: Mapping[Piece, Path]) -> Row:
         "study": {"characters": study.characters, "models": settings},
         "seconds": short(seconds(paths.values())),
         "seconds_by_model": {m.name: short(seconds(p for q, p in paths.items() if q.model == m)) for m in of_models},
-        "versions": versions("dattri", "traker", "scikit-learn", "transformers", "peft"),
-        "runs": [_run(model, seeds) for model, seeds in of_models.items()],
-        "methods": [_method(model, seeds, name) for model, seeds in of_models.items() for name in METHODS],
-        "removals": [row for model, seeds in of_models.items() for row in _removals(model, seeds)],
-        "seeds": [row for model, seeds in of_models.items() for row in _noise(model, seeds)],
+        "versions": versions(*libraries),
+        "runs": _even(_run(model, seeds) for model, seeds in of_models.items()),
+        "methods": _even(_method(model, seeds, name) for model, seeds in of_models.items() for name in METHODS),
+        "removals": _even(row for model, seeds in of_models.items() for row in _removals(model, seeds)),
+        "noise": _even(row for model, seeds in of_models.items() for row in _noise(model, seeds)),
+        "subsets": _even(row for seeds in of_models.values() for row in _subsets(seeds[0])),
     }
+
+
+def _even(rows: Iterable[Row]) -> list[Row]:
+    """With the same columns, as a table has."""
+    listed = list(rows)
+    columns = dict.fromkeys(name for row in listed for name in row)
+    return [{name: row.get(name) for name in columns} for row in listed]
 
 
 def _run(model: Model, seeds: Sequence[Seed]) -> Row:
@@ -82,20 +93,19 @@ def _run(model: Model, seeds: Sequence[Seed]) -> Row:
         "loss_last": spread([float(run["target"][1]) for run in of]),
         "adjoint_growth": spread([float(run["adjoint"].max() / run["adjoint"][-1]) for run in of]),
     }
-    truths = {f"change_{share:g}": [s.part(f"subsets {share:g}")[GAMES[0]][0] for s in seeds] for share, _ in model.kept}
-    for name, truth in truths.items():
-        found |= {name: spread([float(t.mean()) for t in truth]), f"sd_{name}": spread([float(t.std()) for t in truth])}
-    share = max(dict(model.kept))
-    found["harm_tenth"] = spread([float((t > 0).mean()) for t in truths[f"change_{share:g}"]])
-    return found | {"harm_single": _over(seeds if model.single else (), lambda s: (s.part("single")["change"] > 0).mean())}
-
-
-def _over(seeds: Sequence[Seed], of: Callable[[Seed], Any]) -> list[float] | None:
-    return spread([float(of(seed)) for seed in seeds]) if seeds else None
+    for share, _ in model.kept:
+        truths = [seed.part(f"subsets {share:g}")[GAMES[0]][0] for seed in seeds]
+        found[f"change_{share:g}"] = spread([float(truth.mean()) for truth in truths])
+        found[f"sd_change_{share:g}"] = spread([float(truth.std()) for truth in truths])
+        found[f"harm_{share:g}"] = spread([float((truth > 0).mean()) for truth in truths])
+    if model.single:
+        found["harm_single"] = spread([float((seed.part("single")["change"] > 0).mean()) for seed in seeds])
+    return found
 
 
 def _method(model: Model, seeds: Sequence[Seed], name: str) -> Row:
-    largest, found = max(dict(model.kept)), {"model": model.name, "method": name}
+    largest = max(dict(model.kept))
+    found: Row = {"model": model.name, "method": name}
     for share, _ in model.kept:
         pairs = [(seed.predicted(name, share), seed.part(f"subsets {share:g}")) for seed in seeds]
         found[f"lds_{GAMES[0]}_{share:g}"] = lds([(x, y[GAMES[0]][0]) for x, y in pairs])
@@ -122,8 +132,9 @@ def _sign(name: str, pairs: Sequence[tuple[Array, Array]]) -> list[float] | None
 
 
 def _removals(model: Model, seeds: Sequence[Seed]) -> Iterator[Row]:
-    """Changes without the lowest or the highest values. of_random: that of as many at random, the mean over the draws;
-    of_spread: over a seed's draws, the standard deviation.
+    """Changes without the lowest or the highest values. `beyond_random`: less the mean of those without as many at
+    random, which has a row of its own, with the standard deviation over a seed's draws. `beyond_others`: the same in
+    trainings from other weights in another order; `survives`: its share of the former.
     """
     for k, share in enumerate(model.removed):
         draws = [_draws(model, seed, k, share) for seed in seeds]
@@ -132,19 +143,17 @@ def _removals(model: Model, seeds: Sequence[Seed]) -> Iterator[Row]:
                 continue
             of = [seed.part(f"remove {name}")["change"][:, k] for seed in seeds]
             row: Row = {"model": model.name, "method": name, "share": share}
-            for side, end in enumerate(("lowest", "highest")):
+            for side, end in enumerate(ENDS):
                 row[end] = spread([float(change[0, side]) for change in of])
                 beyond = [float(c[0, side] - d[0].mean()) for c, d in zip(of, draws, strict=True)]
                 row[f"{end}_beyond_random"] = spread(beyond)
-                row[f"{end}_{OTHERS}"] = spread([float(c[1:, side].mean()) for c in of]) if model.others else None
                 left = [float((c[1:, side] - d[1:].mean(axis=1)).mean()) for c, d in zip(of, draws, strict=True)
                         if model.others]  # fmt: skip
+                row[f"{end}_beyond_{OTHERS}"] = spread(left) if left else None
                 row[f"{end}_survives"] = short(float(np.mean(left) / np.mean(beyond))) if left else None
             yield row
-        yield {
-            "model": model.name, "method": RANDOM, "share": share,
-            "lowest": spread([float(d[0].mean()) for d in draws]), "sd": spread([float(d[0].std()) for d in draws]),
-        }  # fmt: skip
+        level, deviation = ([float(of(d[0])) for d in draws] for of in (np.mean, np.std))
+        yield {"model": model.name, "method": RANDOM, "share": share, "lowest": spread(level), "sd": spread(deviation)}
 
 
 def _draws(model: Model, seed: Seed, k: int, share: float) -> Array:
@@ -162,3 +171,176 @@ def _noise(model: Model, seeds: Sequence[Seed]) -> Iterator[Row]:
         rest = [correlation(t[1], t[2:].mean(axis=0)) for t in truths if len(t) > 2]
         yield {"model": model.name, "kept": share, "own_and_other": spread(own),
                "one_and_mean": spread(rest) if rest else None}  # fmt: skip
+
+
+def _subsets(seed: Seed) -> Iterator[Row]:
+    """For the figure: what every subset that lacks few really lost, and what the values say."""
+    share = max(dict(seed.model.kept))
+    change = seed.part(f"subsets {share:g}")[GAMES[0]][0]
+    predicted = {name: [short(float(x)) for x in seed.predicted(name, share)] for name in SHOWN}
+    yield {"model": seed.model.name, "kept": share, "change": [short(float(x)) for x in change]} | predicted
+
+
+def headline(result: Row) -> str:
+    """For the project's README."""
+    (share,) = {max(share for share, _ in model["kept"]) for model in result["study"]["models"]}
+    found = []
+    for model in dict.fromkeys(row["model"] for row in result["methods"]):
+        rows = {row["method"]: row for row in result["methods"] if row["model"] == model}
+        named = ", ".join(f"{name} {rows[name][f'lds_{GAMES[0]}_{share:g}'][0]:.2f}" for name in TOLD)
+        found.append(f"{model}: {named}")
+    return f"LDS at {share:.0%} kept, by removal: " + "; ".join(found)
+
+
+def tables(result: Row) -> str:
+    """The study's tables in Markdown."""
+    return "\n\n".join(
+        [
+            "**Predict.** LDS by share kept, mean over seeds (95% bootstrap interval over subsets): `removed`, where a "
+            "batch's mean is over those that are left; `weight 0`, where its denominator stays; `others`: removed in "
+            "trainings from other weights in another order. `slope`: of the real change on the predicted one, where "
+            "that is in nats, mean (lowest to highest) over seeds. `sign`: share of the removals whose sign is right, "
+            "of single examples / of random tenths. Seconds: with the run, one thread; of replays, beyond it.",
+            _methods_table(result),
+            "**Prune and keep.** The target's loss, in thousandths of a nat, after removing the lowest or the highest "
+            "values, less that after removing as many at random: mean (lowest to highest) over seeds. Pruning should "
+            "lower it, removing what matters raise it. `random`: the change itself against all data, and its standard "
+            "deviation over draws.",
+            _removals_table(result),
+            "**Another seed.** Values of one run, removals in trainings from other weights in another order: the "
+            "same numbers, means over seeds, in the run / in the others, and what share of them is left.",
+            _others_table(result),
+            _noise_line(result),
+            "**The runs.** The target's loss before and after; its mean change without random examples, the standard "
+            "deviation over subsets, and how often it is a rise; the adjoint's largest norm by that at the end.",
+            _runs_table(result),
+        ]
+    )
+
+
+def _cell(numbers: Sequence[float] | None, digits: str = ".2f") -> str:
+    if numbers is None:
+        return "-"
+    return format(numbers[0], digits) if numbers[1] == numbers[2] else shown(numbers, digits)
+
+
+def _methods_table(result: Row) -> str:
+    columns = [name for name in result["methods"][0] if name.startswith("lds_")]
+    games = {GAMES[0]: "removed", GAMES[1]: "weight 0", OTHERS: "others"}
+    heads = [f"{games[name.split('_')[1]]}, {float(name.split('_')[2]):.0%}" for name in columns]
+    slopes = [name for name in result["methods"][0] if name.startswith("slope_")]
+    heads += [f"slope, {float(name.split('_')[1]):.0%}" for name in slopes]
+    rows = []
+    for row in result["methods"]:
+        cells = [_cell(row[name]) for name in (*columns, *slopes)]
+        signs = " / ".join(
+            "-" if row[name] is None else f"{row[name][0]:.0%}" for name in ("sign_single", "sign_tenth")
+        )
+        took = "-" if row["seconds"] is None else f"{row['seconds']:.3g}"
+        rows.append([row["model"], row["method"], *cells, signs, took])
+    return table(["model", "by", *heads, "sign", "seconds"], rows)
+
+
+def _removals_table(result: Row) -> str:
+    shares = list(dict.fromkeys(row["share"] for row in result["removals"]))
+    rows: dict[tuple[str, str], dict[str, str]] = {}
+    for row in result["removals"]:
+        cells = rows.setdefault((row["model"], row["method"]), {})
+        for end in ENDS:
+            numbers = row[f"{end}_beyond_random"]
+            cells[f"{end} {row['share']}"] = "-" if numbers is None else _cell([1000 * x for x in numbers], ".1f")
+        if row["method"] == RANDOM:
+            cells[f"lowest {row['share']}"] = f"{1000 * row['lowest'][0]:.1f}, sd {1000 * row['sd'][0]:.1f}"
+    columns = [f"{end} {share}" for end in ENDS for share in shares]
+    heads = [f"{end} {share:.0%}" for end in ENDS for share in shares]
+    listed = [[*key, *(cells.get(name, "-") for name in columns)] for key, cells in rows.items()]
+    return table(["model", "by", *heads], listed)
+
+
+def _others_table(result: Row) -> str:
+    rows = []
+    for row in result["removals"]:
+        if row["lowest_survives"] is not None:
+            cells = [
+                f"{1000 * row[f'{end}_beyond_random'][0]:.1f} / {1000 * row[f'{end}_beyond_others'][0]:.1f} / "
+                f"{row[f'{end}_survives']:.0%}"
+                for end in ENDS
+            ]
+            rows.append([row["model"], row["method"], f"{row['share']:.0%}", *cells])
+    return table(["model", "by", "share", *ENDS], rows)
+
+
+def _noise_line(result: Row) -> str:
+    """What values could reach: the truth of other trainings itself."""
+    parts = [f"{row['model']}, {row['kept']:.0%} kept: {_cell(row['own_and_other'])}" for row in result["noise"]]
+    return (
+        "Spearman correlation of the real changes of the run with those of another one, which no value of the run can "
+        "be expected to pass: " + "; ".join(parts) + "."
+    )
+
+
+def _runs_table(result: Row) -> str:
+    shares = [name.removeprefix("change_") for name in result["runs"][0] if name.startswith("change_")]
+    rows = []
+    for row in result["runs"]:
+        ends = f"{row['loss_first'][0]:.2f}; {_cell(row['loss_last'])}"
+        cells = [
+            "-"
+            if row[f"change_{share}"] is None
+            else f"{row[f'change_{share}'][0]:.4f}, sd "
+            f"{row[f'sd_change_{share}'][0]:.4f}, {row[f'harm_{share}'][0]:.0%}"
+            for share in shares
+        ]
+        single = "-" if row["harm_single"] is None else f"{row['harm_single'][0]:.0%}"
+        rows.append([row["model"], str(row["steps"]), ends, *cells, single, _cell(row["adjoint_growth"])])
+    heads = [f"{float(share):.0%} kept: change, sd, rises" for share in shares]
+    return table(["model", "steps", "loss", *heads, "one less: rises", "adjoint"], rows)
+
+
+def draw(result: Row, path: Path) -> None:
+    """By model: real changes and predicted ones, LDS by method, and what removals do."""
+    models = list(dict.fromkeys(row["model"] for row in result["methods"]))
+    with figure(path, 3, len(models), (4.2 * len(models), 10.0)) as panels:
+        for column, model in enumerate(models):
+            _draw_subsets(panels[0][column], next(row for row in result["subsets"] if row["model"] == model))
+            _draw_lds(panels[1][column], [row for row in result["methods"] if row["model"] == model])
+            _draw_removals(panels[2][column], [row for row in result["removals"] if row["model"] == model])
+
+
+def _draw_subsets(panel: Any, row: Row) -> None:
+    for k, name in enumerate(SHOWN):
+        panel.plot(row[name], row["change"], ".", ms=4, color=f"C{k}", alpha=0.7, label=name)
+    title = f"{row['model']}: {len(row['change'])} subsets of {row['kept']:.0%}, one seed"
+    panel.set(title=title, xlabel="sum of the values left out, nats", ylabel="real change of the target's loss, nats")
+    panel.legend()
+
+
+def _draw_lds(panel: Any, rows: Sequence[Row]) -> None:
+    columns = [name for name in rows[0] if name.startswith(f"lds_{GAMES[0]}") and rows[0][name]]
+    for k, name in enumerate(columns):
+        middle, low, high = np.array([row[name] for row in rows]).T
+        heights = np.arange(len(rows)) + 0.4 * k
+        panel.barh(heights, middle, 0.38, color=f"C{k + 2}", label=f"{float(name.split('_')[-1]):.0%} kept")
+        panel.errorbar(middle, heights, xerr=[middle - low, high - middle], fmt="none", color="0.2", lw=0.7)
+    panel.set_yticks(np.arange(len(rows)) + 0.2, [row["method"] for row in rows])
+    panel.invert_yaxis()
+    panel.axvline(0, color="black", lw=0.5)
+    panel.set(xlabel="LDS, by removal")
+    panel.legend()
+
+
+def _draw_removals(panel: Any, rows: Sequence[Row]) -> None:
+    """Of the largest share."""
+    share = max(row["share"] for row in rows)
+    mine = [row for row in rows if row["share"] == share and row["method"] != RANDOM]
+    (deviation,) = [row["sd"][0] for row in rows if row["share"] == share and row["method"] == RANDOM]
+    for k, end in enumerate(ENDS):
+        middle, low, high = np.array([row[f"{end}_beyond_random"] for row in mine]).T
+        heights = np.arange(len(mine))
+        panel.barh(heights, middle, 0.6, color=f"C{k + 4}", label=f"{end} {share:.0%} removed")
+        panel.errorbar(middle, heights, xerr=[middle - low, high - middle], fmt="none", color="0.2", lw=0.7)
+    panel.set_yticks(heights, [row["method"] for row in mine])
+    panel.invert_yaxis()
+    panel.axvspan(-deviation, deviation, color="0.85", lw=0, label="random, sd")
+    panel.set(xlabel="change of the target's loss beyond random's, nats")
+    panel.legend()

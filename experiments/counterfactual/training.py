@@ -172,8 +172,9 @@ def rivals(piece: Piece, path: Path) -> dict[str, Any]:
     of = tuple(tensor[some] for tensor in train)
 
     def influence() -> Array:
-        settings = {"damping": setting.damping, "iterations": setting.iterations, "of": of}
-        return baselines.influence(last, one, train, [run.target], **settings)[0] / setting.examples
+        damping, iterations = setting.damping, setting.iterations
+        found = baselines.influence(last, one, train, [run.target], damping=damping, iterations=iterations, of=of)
+        return np.asarray(found[0] / setting.examples)
 
     timed("influence", influence)
     timed("gradient product", lambda: baselines.products(last, one, train, [run.target])[0])
@@ -183,8 +184,8 @@ def rivals(piece: Piece, path: Path) -> dict[str, Any]:
     def trak() -> Array:
         others = (Run(setting, piece.seed, path, other(piece.seed, k)) for k in range(setting.trak - 1))
         models = [last, *(baselines.weights_of(another.trained()) for another in others)]
-        settings = {"dimensions": setting.dimensions, "seed": piece.seed}
-        return baselines.trak(model, models, one, train, [run.target], **settings)[0]
+        given = (model, models, one, train, [run.target])
+        return np.asarray(baselines.trak(*given, dimensions=setting.dimensions, seed=piece.seed)[0])
 
     timed("TRAK", trak)
     ties = 1e-6 * random.random(setting.examples)  # which of equal ones are removed is a matter of chance
