@@ -164,13 +164,11 @@ def _draws(model: Model, seed: Seed, k: int, share: float) -> Array:
 
 
 def _noise(model: Model, seeds: Sequence[Seed]) -> Iterator[Row]:
-    """How well the truth of the run itself says that of others, which is the most that values can."""
+    """How well the truth of the run itself, instead of values, says that of the others."""
     for share, _ in model.kept if model.others else ():
         truths = [seed.part(f"subsets {share:g}")[GAMES[0]] for seed in seeds]
         own = [float(np.mean([correlation(t[0], other) for other in t[1:]])) for t in truths]
-        rest = [correlation(t[1], t[2:].mean(axis=0)) for t in truths if len(t) > 2]
-        yield {"model": model.name, "kept": share, "own_and_other": spread(own),
-               "one_and_mean": spread(rest) if rest else None}  # fmt: skip
+        yield {"model": model.name, "kept": share, "own_and_other": spread(own)}
 
 
 def _subsets(seed: Seed) -> Iterator[Row]:
@@ -271,11 +269,10 @@ def _others_table(result: Row) -> str:
 
 
 def _noise_line(result: Row) -> str:
-    """What values could reach: the truth of other trainings itself."""
-    parts = [f"{row['model']}, {row['kept']:.0%} kept: {_cell(row['own_and_other'])}" for row in result["noise"]]
+    """What the truth of the run itself has in place of values."""
+    parts = [f"{row['model']}, {row['kept']:.0%} kept {_cell(row['own_and_other'])}" for row in result["noise"]]
     return (
-        "Spearman correlation of the real changes of the run with those of another one, which no value of the run can "
-        "be expected to pass: " + "; ".join(parts) + "."
+        f"The real changes of the run itself, in place of values, predict those of the others by: {'; '.join(parts)}."
     )
 
 
