@@ -338,6 +338,6 @@ def _draw_removals(panel: Any, rows: Sequence[Row]) -> None:
         panel.errorbar(middle, heights, xerr=[middle - low, high - middle], fmt="none", color="0.2", lw=0.7)
     panel.set_yticks(heights, [row["method"] for row in mine])
     panel.invert_yaxis()
-    panel.axvspan(-deviation, deviation, color="0.85", lw=0, label="random, sd")
+    panel.axvspan(-deviation, deviation, color="0.85", lw=0, zorder=0, label="random, sd")
     panel.set(xlabel="change of the target's loss beyond random's, nats")
     panel.legend()
