@@ -76,9 +76,9 @@ GPT = Model(
     by=tuple(name for name in METHODS if name not in (CENTRED, "first")), at_once=8, trak=3,
 )  # fmt: skip
 LORA = Model(
-    "LoRA", "lora", ("scripture", "parliament", "tweets"), "parliament", examples=240, held_out=24, batch=8, epochs=1,
-    rate=1e-3, warmup=5, seeds=(0,), width=8, length=16, horizon=10, kept=((0.9, 24), (0.5, 16)), games=("removed",),
-    removed=(0.1,), by=(REPLAY, "path", "influence", "group"), draws=0, at_once=1, block=12, iterations=10, hessian=48,
+    "LoRA", "lora", ("scripture", "parliament", "tweets"), "parliament", examples=192, held_out=24, batch=8, epochs=1,
+    rate=1e-3, warmup=5, seeds=(0,), width=8, length=16, horizon=10, kept=((0.9, 24), (0.5, 12)), games=("removed",),
+    removed=(0.1,), by=(REPLAY, "path", "influence", "group"), draws=0, at_once=1, block=24, iterations=10, hessian=48,
     trak=1, dimensions=100,
 )  # fmt: skip
 
