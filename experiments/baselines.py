@@ -156,6 +156,7 @@ def trak(
             for chunk in chunks(train):
                 traker.featurize(chunk, num_samples=len(chunk[0]))
         traker.finalize_features()
+        traker.projector.model_id = -1  # its matrix is gone now, and only made anew for another model than the last
         found = []
         for n, target in enumerate(targets):
             for k, weights in enumerate(checkpoints):

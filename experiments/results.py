@@ -22,6 +22,7 @@ from inrun.game import spearman
 Row = dict[str, Any]
 Array = NDArray[Any]
 BEGIN, END = "<!-- written by the run: begin -->", "<!-- written by the run: end -->"
+DRAWS = 1000  # of the bootstrap
 NAMES = {"sgd": "SGD", "momentum": "SGD, momentum 0.9", "adamw": "AdamW", "muon": "Muon and AdamW"}
 
 
@@ -51,6 +52,34 @@ def auroc(values: Array, bad: Array) -> float:
     """How often a bad example has a lower value than a good one; equal ones count half."""
     below, good = values[bad][:, None], values[~bad][None]
     return float((below < good).mean() + 0.5 * (below == good).mean())
+
+
+def spearmans(values: Array, truth: Array, counts: Array) -> Array:
+    """Of resamples: counts [draws, S] say how often each has every subset, values and truth [S]. Ties within a resample
+    are a subset's copies, which share the mean of their ranks.
+    """
+    ranks = []
+    for of in (values, truth):
+        order = np.argsort(of)
+        times = counts[:, order]
+        rank = np.empty(counts.shape)
+        rank[:, order] = np.cumsum(times, axis=1) - times / 2
+        ranks.append(rank - counts.shape[1] / 2)
+    x, y = ranks
+    products = [(counts * of).sum(axis=1) for of in (x * y, x * x, y * y)]
+    found: Array = products[0] / np.sqrt(products[1] * products[2])
+    return found
+
+
+def lds(of_seeds: Sequence[tuple[Array, Array]]) -> list[float]:
+    """From predictions and truth of every seed's subsets: the mean correlation, and its bootstrap interval."""
+    random, found, drawn = np.random.default_rng(0), [], []
+    for values, truth in of_seeds:
+        found.append(correlation(values, truth))
+        counts = random.multinomial(len(values), np.full(len(values), 1 / len(values)), size=DRAWS)
+        drawn.append(spearmans(values, truth, counts.astype(float)))
+    low, high = np.percentile(np.mean(drawn, axis=0), [2.5, 97.5])
+    return [short(x) for x in (float(np.mean(found)), low, high)]
 
 
 def processor() -> str:

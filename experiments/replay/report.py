@@ -10,10 +10,9 @@ import numpy as np
 
 from experiments.pieces import seconds
 from experiments.replay.training import Piece, Study
-from experiments.results import NAMES, Array, Row, auroc, correlation, short, spread, table, versions
+from experiments.results import NAMES, Array, Row, auroc, correlation, lds, short, spread, table, versions
 
 Pieces = Mapping[Piece, Mapping[str, Array]]
-DRAWS = 1000  # of the bootstrap
 SHOWN = ("replay", "path")  # in the figure, beside the truth
 GAMES = ("weightless", "removed")
 
@@ -41,34 +40,6 @@ def summarise(study: Study, paths: Mapping[Piece, Path]) -> Row:
         "sizes": list(_sizes(study, pieces)),
         "subsets": list(_shown(study, pieces, whole)),
     }
-
-
-def spearmans(values: Array, truth: Array, counts: Array) -> Array:
-    """Of resamples: counts [draws, S] say how often each has every subset, values and truth [S]. Ties within a resample
-    are a subset's copies, which share the mean of their ranks.
-    """
-    ranks = []
-    for of in (values, truth):
-        order = np.argsort(of)
-        times = counts[:, order]
-        rank = np.empty(counts.shape)
-        rank[:, order] = np.cumsum(times, axis=1) - times / 2
-        ranks.append(rank - counts.shape[1] / 2)
-    x, y = ranks
-    products = [(counts * of).sum(axis=1) for of in (x * y, x * x, y * y)]
-    found: Array = products[0] / np.sqrt(products[1] * products[2])
-    return found
-
-
-def lds(of_seeds: Sequence[tuple[Array, Array]]) -> list[float]:
-    """From predictions and truth of every seed's subsets: the mean correlation, and its bootstrap interval."""
-    random, found, drawn = np.random.default_rng(0), [], []
-    for values, truth in of_seeds:
-        found.append(correlation(values, truth))
-        counts = random.multinomial(len(values), np.full(len(values), 1 / len(values)), size=DRAWS)
-        drawn.append(spearmans(values, truth, counts.astype(float)))
-    low, high = np.percentile(np.mean(drawn, axis=0), [2.5, 97.5])
-    return [short(x) for x in (float(np.mean(found)), low, high)]
 
 
 def _seeds(study: Study, pieces: Pieces, piece: Piece, part: Any) -> list[Mapping[str, Array]]:

@@ -7,7 +7,7 @@ import hashlib
 import importlib
 import math
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -24,7 +24,7 @@ from torch.optim import Optimizer
 from experiments.study import fingerprint
 from inrun import Attributor, Ledger, replay
 
-Batch = tuple[Tensor, Tensor]  # features [B, D] and labels [B]
+Batch = tuple[Tensor, ...]  # features [B, D] and labels [B]
 TARGET = "held out"
 CENTRED = "replay, less its batch's mean"
 ALL_SETTINGS = tuple((name, decay) for name in ("GELU", "Tanh", "ReLU") for decay in (True, False))
@@ -173,7 +173,17 @@ class Run:
         for before, after in pairwise(widths):
             layers += [nn.Linear(before, after), getattr(nn, self.piece.activation)()]
         model = nn.Sequential(*layers, nn.Linear(widths[-1], CLASSES)).to(self.dtype)
-        return model, OPTIMIZERS[self.piece.optimizer](model.parameters(), self.piece.rate)
+        return model, self.optimizer(model.parameters())
+
+    def optimizer(self, weights: Iterable[Tensor]) -> Optimizer:
+        return OPTIMIZERS[self.piece.optimizer](weights, self.piece.rate)
+
+    @property
+    def target(self) -> Batch:
+        return self.data.target
+
+    def losses(self, model: Callable[..., Tensor], batch: Batch) -> Tensor:
+        return losses(model, batch)
 
     def batches(self, optimizer: Optimizer) -> Iterator[tuple[Tensor, Batch]]:
         """By step the examples' places and the batch, the rate having been set."""
@@ -187,7 +197,7 @@ class Run:
             yield places, self.data.batch(places)
 
 
-def losses(model: nn.Module, batch: Batch) -> Tensor:
+def losses(model: Callable[..., Tensor], batch: Batch) -> Tensor:
     """Cross-entropy by example, in nats: [B]."""
     return F.cross_entropy(model(batch[0]), batch[1], reduction="none")
 

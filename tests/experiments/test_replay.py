@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from experiments.replay import report, run, subsets, training
-from experiments.results import auroc, table_rows
+from experiments.replay import run, training
+from experiments.results import auroc, spearmans, table_rows
+from experiments.retraining import loss_alone, losses_at_end
 from inrun.game import spearman
 
 
@@ -54,11 +55,11 @@ def test_with_all_examples_it_is_the_run_and_without_some_one_that_never_saw_the
         optimizer.step()
     whole = float(training.loss(model, these.data.target).detach())
     for removed in (False, True):
-        ends = subsets.losses_at_end(these, keep, removed)
+        ends = losses_at_end(these, keep, removed)
         assert float(ends[0]) == pytest.approx(whole, abs=1e-12)
-        assert float(ends[1]) == pytest.approx(subsets.loss_alone(these, keep[1], removed), abs=1e-12)
+        assert float(ends[1]) == pytest.approx(loss_alone(these, keep[1], removed), abs=1e-12)
     these.data.x[::3] = 100.0  # of those left out nothing may come in
-    assert float(subsets.losses_at_end(these, keep, True)[2]) == pytest.approx(float(ends[2]), abs=1e-12)
+    assert float(losses_at_end(these, keep, True)[2]) == pytest.approx(float(ends[2]), abs=1e-12)
 
 
 def test_the_bootstrap_repeats_what_a_resample_is() -> None:
@@ -67,7 +68,7 @@ def test_the_bootstrap_repeats_what_a_resample_is() -> None:
     drawn = random.integers(30, size=30)
     counts = np.bincount(drawn, minlength=30).astype(float)[None]
     expected = spearman(torch.from_numpy(x[drawn]), torch.from_numpy(y[drawn]))
-    assert report.spearmans(x, y, counts)[0] == pytest.approx(expected)
+    assert spearmans(x, y, counts)[0] == pytest.approx(expected)
 
 
 def test_auroc() -> None:

@@ -1,0 +1,1 @@
+"""What the target's loss does when examples are really removed, and which method's values say so."""
