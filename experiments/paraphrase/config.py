@@ -24,7 +24,7 @@ class Trained:
     blocks: int  # that are trained: all of a model from scratch, the upper ones under LoRA
     base: str = ""  # whose weights it begins with; random ones without
     rank: int = 0  # of LoRA; 0: all weights are trained
-    width: int = 128  # of the hidden states of a model without a base
+    width: int = 96  # of the hidden states of a model without a base
     vocabulary: int = 3072  # byte pairs of the training text, without a base
 
     @property
@@ -37,13 +37,13 @@ class Study:
     """Everything that decides the results: equal settings give equal ones."""
 
     models: tuple[Trained, ...] = (
-        Trained("small GPT", examples=2048, batch=32, epochs=3, rate=3e-3, blocks=4),
-        Trained("SmolLM2", examples=1024, batch=32, epochs=1, rate=1e-3, blocks=8, base="SmolLM2", rank=8),
+        Trained("small GPT", examples=2048, batch=32, epochs=2, rate=3e-3, blocks=4),
+        Trained("SmolLM2", examples=1024, batch=32, epochs=1, rate=1e-3, blocks=6, base="SmolLM2", rank=8),
     )
     seeds: tuple[tuple[int, ...], ...] = ((0, 1, 2), (0, 1))  # of each model
     source: str = "bible"  # or "made up", of words that nobody knows
     others: tuple[str, ...] = ("news", "code", "parliament", "encyclopedia")  # the half that is no verse
-    originals: int = 12  # of a seed
+    originals: int = 10  # of a seed
     fewest: int = 20  # words of a verse, and of a piece of other text
     most: int = 32
     apart: int = 3  # verses on both sides of an original that are left out of training
@@ -57,13 +57,13 @@ class Study:
         return fingerprint(self, but=("seeds", "libraries"))
 
 
-SMALL = {"examples": 64, "batch": 16, "rate": 1e-2, "width": 32, "vocabulary": 400}
+SMALL = {"examples": 48, "batch": 16, "rate": 1e-2, "width": 32, "vocabulary": 400}
 QUICK = Study(
     models=(
         Trained("small GPT", epochs=2, blocks=2, **SMALL),  # type: ignore[arg-type]
         Trained("adapted", epochs=1, blocks=1, rank=2, **SMALL),  # type: ignore[arg-type]
     ),
-    seeds=((0,), (0,)), source="made up", others=(), originals=3, fewest=10, most=16, libraries=(),
+    seeds=((0,), (0,)), source="made up", others=(), originals=2, fewest=10, most=16, libraries=(),
 )  # fmt: skip
 
 

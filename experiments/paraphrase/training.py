@@ -74,11 +74,13 @@ def upper(trained: Trained, base: Any, rows: Sequence[Tensor]) -> tuple[list[Ten
     """
     from peft import LoraConfig, get_peft_model
 
-    below = len(base.model.layers) - trained.blocks
+    body, below = base.model, len(base.model.layers) - trained.blocks
     with torch.no_grad():
-        inputs = [base.model(row, output_hidden_states=True, use_cache=False).hidden_states[below] for row in rows]
         whole = base(rows[0], use_cache=False).logits
-        base.model.layers = base.model.layers[below:]
+        layers, norm = body.layers, body.norm
+        body.layers, body.norm = layers[:below], nn.Identity()
+        inputs = [body(row, use_cache=False).last_hidden_state for row in rows]
+        body.layers, body.norm = layers[below:], norm
         base.config.num_hidden_layers = trained.blocks
         torch.testing.assert_close(base(inputs_embeds=inputs[0], use_cache=False).logits, whole, rtol=1e-4, atol=1e-3)
     lora = LoraConfig(r=trained.rank, lora_alpha=2 * trained.rank, target_modules="all-linear", task_type="CAUSAL_LM")
