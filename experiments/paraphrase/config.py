@@ -57,7 +57,7 @@ class Study:
         return fingerprint(self, but=("seeds", "libraries"))
 
 
-SMALL = {"examples": 48, "batch": 16, "rate": 1e-2, "width": 32, "vocabulary": 400}
+SMALL = {"examples": 40, "batch": 20, "rate": 1e-2, "width": 32, "vocabulary": 400}
 QUICK = Study(
     models=(
         Trained("small GPT", epochs=2, blocks=2, **SMALL),  # type: ignore[arg-type]
