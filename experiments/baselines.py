@@ -191,12 +191,16 @@ def data_shapley(
         warnings.simplefilter("ignore")
         library = import_module("pydvl.valuation")
         classes = len(np.unique(train[1]))
-        scorer = library.SupervisedScorer("accuracy", library.Dataset(*target), default=1 / classes, range=(0, 1))
+        scorer = library.SupervisedScorer(_accuracy, library.Dataset(*target), default=1 / classes, range=(0, 1))
         utility = library.ModelUtility(classifier, scorer, catch_errors=False, show_warnings=False)
         sampler = library.PermutationSampler(library.RelativeTruncation(rtol=truncation), seed=seed)
         valuation = library.ShapleyValuation(utility, sampler, library.MinUpdates(updates), progress=False)
         valuation.fit(library.Dataset(*train))
     return by_index(valuation.result)
+
+
+def _accuracy(classifier: Any, x: Any, y: Any) -> float:
+    return float(classifier.score(x, y))
 
 
 def by_index(result: Any) -> Array:

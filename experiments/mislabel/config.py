@@ -13,7 +13,8 @@ IN_RUN: dict[str, dict[str, Any]] = {  # what the Attributor is told, for a run 
     "path, credit": {"momentum": "credit"},
 }
 NORMALISED = ", by step"  # every step's values are divided by the sum of their absolute values
-NOT_HASHED = ("sources", "seeds", "in_run", "parts", "selected", "whole")
+EARLY = ", early"  # the sums of the first epochs alone, as many as EL2N is had after
+NOT_HASHED = ("sources", "seeds", "in_run", "parts", "selected", "whole", "horizon", "too_far")
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,8 @@ class Study:
     batch: int = 64
     epochs: int = 50
     rate: float = 1e-3
-    horizon: int = 160  # steps, ten epochs, of the second replay
+    horizon: int = 8  # steps of the replay; what a replay to the end of such a run warns to take
+    too_far: tuple[int | None, ...] = (None, 160)  # horizons of replays of one seed: the whole run, ten epochs
     checkpoints: int = 10  # of TracIn, at equal distances
     models: int = 5  # of TRAK, the first of them the run itself
     dimensions: int = 512  # of TRAK's projection
@@ -50,8 +52,8 @@ class Study:
     truncation: float = 0.05
     kept: tuple[float, ...] = (0.2, 0.4, 0.6, 0.8)
     selected: tuple[str, ...] = (
-        "path", "path, by step", "first", "path, credit", "replay", "replay-h", "sgd-proxy", "loss", "EL2N",
-        "KNN, features", "TRAK-many", "influence", "TracIn", "random", "right first",
+        "path", "path, by step", "path, by step, early", "first", "path, credit", "replay-h8", "sgd-proxy", "loss",
+        "EL2N", "KNN, features", "TRAK-many", "influence", "TracIn", "random", "right first",
     )  # fmt: skip
 
     @property
@@ -65,7 +67,7 @@ class Study:
 
 QUICK = Study(
     sources=("blobs",), seeds=(0,), whole=("blobs",), parts=("passes", "early"), examples=40, target=16, tested=20,
-    width=4, batch=8, epochs=3, horizon=5, checkpoints=2, early=1, inits=2, iterations=2, kept=(0.5,),
+    width=4, batch=8, epochs=3, horizon=5, too_far=(None,), checkpoints=2, early=1, inits=2, iterations=2, kept=(0.5,),
     selected=("path", "loss", "random"),
 )  # fmt: skip
 
@@ -96,6 +98,8 @@ def pieces_of(study: Study) -> Iterator[Piece]:
                 yield Piece(source, seed, part)
             if whole and study.small < study.examples:
                 yield Piece(source, seed, "small")
+            if whole and seed == study.seeds[0]:
+                yield Piece(source, seed, "too far")
 
 
 def selections_of(study: Study) -> Iterator[Piece]:

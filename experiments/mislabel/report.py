@@ -7,15 +7,15 @@ from typing import Any
 
 import numpy as np
 
-from experiments.mislabel.config import NORMALISED, Piece, Study, pieces_of
+from experiments.mislabel.config import EARLY, NORMALISED, Piece, Study, pieces_of
 from experiments.pieces import seconds
 from experiments.results import Array, Row, auroc, figure, short, shown, spread, table, versions
 
 IN_RUN = ("path", "first", "second", "path, credit")
 ORDER = (
-    *(name + of for name in IN_RUN for of in ("", NORMALISED)), "replay", "replay-h", "sgd-proxy", "TracIn",
-    "influence", "gradient", "cosine", "TRAK-1", "TRAK-many", "KNN, features", "KNN, pixels", "loss", "EL2N", "GraNd",
-    "random",
+    *(name + of + when for name in IN_RUN for of in ("", NORMALISED) for when in ("", EARLY)), "replay-h8", "sgd-proxy",
+    "TracIn", "influence", "gradient", "cosine", "TRAK-1", "TRAK-many", "KNN, features", "KNN, pixels", "loss", "EL2N",
+    "GraNd", "random",
 )  # fmt: skip
 PAPER = {  # AUROC on CIFAR-10 (arXiv 2406.11011); its In-Run values take Adam for SGD, as `sgd-proxy` does
     "sgd-proxy": ".678", "KNN, features": ".76", "influence": ".654", "TRAK-1": ".511", "TRAK-many": ".542",
@@ -24,7 +24,17 @@ SELECTED = {  # its accuracy when trained on the best 20, 40, 60 and 80%
     "random": ".350 .461 .525 .559", "sgd-proxy": ".344 .472 .541 .580", "KNN, features": ".354 .478 .525 .563",
     "influence": ".320 .450 .530 .580",
 }  # fmt: skip
-TOLD = ("path", "path, by step", "replay-h", "sgd-proxy", "influence", "TRAK-many", "KNN, features", "loss")
+TOLD = (
+    "path",
+    "path, by step",
+    "path, credit",
+    "replay-h8",
+    "sgd-proxy",
+    "influence",
+    "TRAK-many",
+    "KNN, features",
+    "loss",
+)
 NOT_VALUES = ("wrong", "target", "test", "train", "drop", "weights", "seconds", "right first")
 
 
@@ -32,10 +42,11 @@ def values_of(study: Study, paths: Mapping[Piece, Path], source: str, seed: int)
     """Every method's values of the images: [N]."""
     found: dict[str, Array] = {}
     for piece in pieces_of(study):
-        if (piece.source, piece.seed) == (source, seed) and piece.part != "small":
+        if (piece.source, piece.seed) == (source, seed) and piece.part not in ("small", "too far"):
             with np.load(paths[piece]) as arrays:
-                found |= {name: np.atleast_2d(of).sum(axis=0) for name, of in arrays.items()
-                          if name == "right first" or name not in NOT_VALUES}  # fmt: skip
+                known = {name: of for name, of in arrays.items() if name == "right first" or name not in NOT_VALUES}
+            found |= {name: np.atleast_2d(of).sum(axis=0) for name, of in known.items()}
+            found |= {name + EARLY: of[: study.early].sum(axis=0) for name, of in known.items() if of.ndim == 2}
     return found
 
 
@@ -63,6 +74,7 @@ def summarise(study: Study, paths: Mapping[Piece, Path]) -> Row:
         "methods": list(_methods(study, paths, loaded)),
         "epochs": list(_epochs(study, loaded)),
         **({"small": small} if (small := list(_small(study, loaded))) else {}),
+        "too_far": list(_too_far(study, loaded)),
         "selection": list(_selection(study, loaded)),
     }
 
@@ -103,10 +115,20 @@ def _epochs(study: Study, loaded: Mapping[Piece, Mapping[str, Array]]) -> Iterat
 def _small(study: Study, loaded: Mapping[Piece, Mapping[str, Array]]) -> Iterator[Row]:
     for source in study.whole:
         runs = [loaded[piece] for seed in study.seeds if (piece := Piece(source, seed, "small")) in loaded]
-        for method in ("path", "path" + NORMALISED, "replay", "Data Shapley", "KNN, pixels") if runs else ():
+        for method in ("path", "path" + NORMALISED, "replay-h8", "Data Shapley", "KNN, pixels") if runs else ():
             of = [auroc(run[method], run["wrong"]) for run in runs]
             yield {"source": source, "method": method, "auroc": spread(of),
                    "trainings": spread([float(run["trainings"]) for run in runs])}  # fmt: skip
+
+
+def _too_far(study: Study, loaded: Mapping[Piece, Mapping[str, Array]]) -> Iterator[Row]:
+    for source in study.whole:
+        run = loaded[Piece(source, study.seeds[0], "too far")]
+        wrong = loaded[Piece(source, study.seeds[0], "in-run path")]["wrong"]
+        for horizon, growth in zip(study.too_far, run["growth"], strict=True):
+            name = "replay" if horizon is None else f"replay-h{horizon}"
+            found = short(auroc(run[name], wrong))
+            yield {"source": source, "method": name, "growth": short(float(growth)), "auroc": found}
 
 
 def _selection(study: Study, loaded: Mapping[Piece, Mapping[str, Array]]) -> Iterator[Row]:
@@ -146,6 +168,12 @@ def tables(result: Row) -> str:
             "images: .582.",
             table(["by", *study["whole"]], [[row["method"], shown(row["auroc"], ".3f")] for row in small]),
         ]
+    far = [[row["method"], row["source"], f"{row['growth']:.0e}", f"{row['auroc']:.3f}"] for row in result["too_far"]]
+    parts += [
+        f"**Looking too far back**, seed {study['seeds'][0]}: how many times a small change of the weights counts more "
+        "at the beginning than at the end of the run (a warning says so), and AUROC.",
+        table(["by", "images", "growth", "AUROC"], far),
+    ]
     head = ["images", "loss", "drop", "values", "right, test", "right, training"]
     names = ("target_loss", "drop", "sum_of_values", "right_tested", "right_trained")
     parts += [
@@ -193,7 +221,7 @@ def draw(result: Row, path: Path) -> None:
                 style = "--" if row["method"].endswith(NORMALISED) else "-"
                 epochs = 1 + np.arange(len(row["by_epoch"]))
                 panel.plot(epochs, row["by_epoch"], style, color=f"C{k}", label=row["method"])
-            for k, method in enumerate(("replay", "loss", "sgd-proxy")):
+            for k, method in enumerate(("loss", "sgd-proxy", "TracIn")):
                 (of,) = [r["auroc"][0] for r in result["methods"] if (r["source"], r["method"]) == (source, method)]
                 panel.axhline(of, color=f"C{k + 5}", lw=0.8, label=method)
             panel.set(title=source, xlabel="epochs whose values are summed", ylabel="AUROC of wrong labels")

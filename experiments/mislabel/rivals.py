@@ -40,7 +40,7 @@ def passes(study: Study, piece: Piece) -> dict[str, Any]:
     run = run_of(study, piece)
     model, data = run.model(), run.data
     optimizer, one = run.optimizer(model), one_of(model)
-    batches = list(zip(*(torch.split(tensor, study.batch) for tensor in data.target), strict=True))
+    batches = run.targets()
     proxy, own = np.zeros(study.examples), np.zeros(study.examples)
     checkpoints, every = [], study.steps // study.checkpoints
     for step, (_, places) in enumerate(data.steps(study.batch)):
@@ -110,16 +110,17 @@ def small(study: Study, piece: Piece) -> dict[str, Any]:
     """On fewer images for fewer epochs: `Data Shapley`, and beside it what else costs little [small].
 
     Returns:
-        `path`, `path, by step`, `replay`, `KNN, pixels`, and `wrong`; `trainings`: how often there was trained.
+        `path`, `path, by step`, `replay-hH`, `KNN, pixels`, and `wrong`; `trainings`: how often there was trained.
     """
-    less = replace(study, examples=study.small, epochs=study.small_epochs, target=study.small_target, horizon=40)
+    less = replace(study, examples=study.small, epochs=study.small_epochs, target=study.small_target)
     found = valued(less, replace(piece, part="in-run path"))
     data = data_of(less, piece.source, piece.seed)
     train, target = ((x.flatten(1).numpy(), y.numpy()) for x, y in ((data.x, data.y), data.target))
     classifier = Classifier(less, piece.seed, data)
     shapley = baselines.data_shapley(train, target, classifier, study.updates, study.truncation, piece.seed)
+    names = ("path", "path" + NORMALISED, f"replay-h{study.horizon}")
     return {
-        **{name: np.atleast_2d(found[name]).sum(axis=0) for name in ("path", "path" + NORMALISED, "replay")},
+        **{name: np.atleast_2d(found[name]).sum(axis=0) for name in names},
         "Data Shapley": shapley, "KNN, pixels": baselines.knn_shapley(train, target, study.neighbours),
         "wrong": found["wrong"], "trainings": np.array(len(classifier.sizes)),
     }  # fmt: skip

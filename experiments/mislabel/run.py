@@ -21,6 +21,7 @@ from experiments.study import carry_out
 
 PARTS: dict[str, Callable[[Study, Piece], Mapping[str, Any]]] = {
     "passes": rivals.passes, "early": rivals.early, "trak": rivals.trak, "small": rivals.small,
+    "too far": training.too_far,
 }  # fmt: skip
 
 

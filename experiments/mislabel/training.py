@@ -5,7 +5,8 @@ Tensors carry their shape in their name: N training images, B of a batch.
 
 import hashlib
 import tempfile
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,10 @@ class Run:
     def optimizer(self, model: nn.Module) -> Adam:
         return Adam(model.parameters(), lr=self.study.rate)
 
+    def targets(self) -> list[Batch]:
+        """The target in batches, which take turns."""
+        return list(zip(*(torch.split(tensor, self.study.batch) for tensor in self.data.target), strict=True))
+
     def train(self, model: nn.Module, epochs: int | None = None) -> Iterator[int]:
         """Train plainly; after each epoch, its number."""
         optimizer, at = self.optimizer(model), 0
@@ -126,40 +131,67 @@ def hash_of(model: nn.Module) -> str:
 
 
 def valued(study: Study, piece: Piece) -> dict[str, Any]:
-    """A run with an Attributor, as in a user's loop; for `path` also its replays.
+    """A run with an Attributor, as in a user's loop; for `path` also its replay with a horizon.
 
     Returns:
-        `NAME` [epochs, N], and normalised by step: the sums of every image's values, epoch by epoch; `replay`,
-        `replay-h` [N]; `wrong` [N]; `target` [2], `test` [2], `train` [2]: loss and share right at the end; `drop`: of
+        `NAME` [epochs, N], and normalised by step: the sums of every image's values, epoch by epoch; `replay-hH` [N];
+        `wrong` [N]; `target` [2], `test` [2], `train` [2]: loss and share right at the end; `drop`: of
         the target's loss, in nats; `weights`: their hash at the end.
     """
     scheme, run = piece.part.removeprefix("in-run "), run_of(study, piece)
-    model, data, found = run.model(), run.data, {}
-    optimizer, before = run.optimizer(model), evaluated(model, run.data.target)[0]
-    batches = list(zip(*(torch.split(tensor, study.batch) for tensor in data.target), strict=True))
+    before, found = evaluated(run.model(), run.data.target)[0], dict[str, Any]()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        settings: dict[str, Any] = {"kernel": "tangent", "ledger": folder, **IN_RUN[scheme]}
-        with Attributor(model, optimizer, {TARGET: batches}, loss, **settings) as attributor:
-            for _, places in data.steps(study.batch):
-                batch = (data.x[places], data.y[places])
-                with attributor.batch(places, data=batch if "replayable" in settings else None):
-                    loss(model, batch).backward()  # type: ignore[no-untyped-call]
-                optimizer.step()
-                optimizer.zero_grad()
+        model = train_valued(run, folder, IN_RUN[scheme])
         for normalised in (False, True):
             found[scheme + NORMALISED * normalised] = by_epoch(study, Ledger(folder), normalised)
         if scheme == "path":
-            for replayed, horizon in (("replay", None), ("replay-h", study.horizon)):
-                values = replay(
-                    folder, {TARGET: batches}, loss, model=model, optimizer=optimizer,
-                    horizon=horizon, progress=lambda done, steps, now: None,
-                )  # fmt: skip
-                found[replayed] = by_epoch(study, values, False).sum(axis=0)
+            found[f"replay-h{study.horizon}"], _ = replayed(run, folder, study.horizon)
     ends = {part: np.array(evaluated(model, batch)) for part, batch in
-            (("target", data.target), ("test", data.tested), ("train", (data.x, data.y)))}  # fmt: skip
+            (("target", run.data.target), ("test", run.data.tested), ("train", (run.data.x, run.data.y)))}  # fmt: skip
     drop = np.array(before - ends["target"][0])
-    return found | ends | {"wrong": data.wrong.numpy(), "drop": drop, "weights": np.array(hash_of(model))}
+    return found | ends | {"wrong": run.data.wrong.numpy(), "drop": drop, "weights": np.array(hash_of(model))}
+
+
+def train_valued(run: Run, folder: Path, settings: Mapping[str, Any]) -> nn.Module:
+    """With an Attributor, as in a user's loop. Returns the model."""
+    model, data = run.model(), run.data
+    optimizer = run.optimizer(model)
+    given: dict[str, Any] = {"kernel": "tangent", "ledger": folder, **settings}
+    with Attributor(model, optimizer, {TARGET: run.targets()}, loss, **given) as attributor:
+        for _, places in data.steps(run.study.batch):
+            batch = (data.x[places], data.y[places])
+            with attributor.batch(places, data=batch if "replayable" in settings else None):
+                loss(model, batch).backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            optimizer.zero_grad()
+    return model
+
+
+def replayed(run: Run, folder: Path, horizon: int | None) -> tuple[Array, float]:
+    """Values [N] of a recorded run by its end; and how many times the adjoint's norm grows, at most, going back."""
+    model = run.model()
+    ledger = replay(
+        folder, {TARGET: run.targets()}, loss, model=model, optimizer=run.optimizer(model), horizon=horizon,
+        progress=lambda done, steps, now: None,
+    )  # fmt: skip
+    norms = ledger.steps().sort("step")["adjoint"].to_numpy()
+    return by_epoch(run.study, ledger, False).sum(axis=0), float(norms.max() / norms[-1])
+
+
+def too_far(study: Study, piece: Piece) -> dict[str, Any]:
+    """`replay`, `replay-hH` [N] with horizons that such a run is too rough for; `growth` [horizons]."""
+    run, found, growth = run_of(study, piece), dict[str, Any](), []
+    with tempfile.TemporaryDirectory() as name, warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", "target 'held out': what a small change of the weights does"
+        )  # it is `growth`
+        train_valued(run, Path(name), IN_RUN["path"])
+        for horizon in study.too_far:
+            values, grown = replayed(run, Path(name), horizon)
+            found["replay" if horizon is None else f"replay-h{horizon}"] = values
+            growth.append(grown)
+    return found | {"growth": np.array(growth)}
 
 
 def by_epoch(study: Study, ledger: Ledger, normalised: bool) -> Array:
