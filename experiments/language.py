@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from experiments.fidelity.training import GPT, example_losses
+from experiments.fidelity.training import GPT, example_losses, loss
 from experiments.fidelity.training import Study as Model
 from experiments.results import Array
 
@@ -35,6 +35,12 @@ def set_rate(study: Any, optimizer: Optimizer, step: int) -> float:
     for group in optimizer.param_groups:
         group["lr"] = study.rate * share
     return float(study.rate * share)
+
+
+def train_step(model: nn.Module, optimizer: Optimizer, blocks_BT: Tensor) -> None:
+    loss(model, blocks_BT).backward()  # type: ignore[no-untyped-call]
+    optimizer.step()
+    optimizer.zero_grad()
 
 
 def losses_of(model: nn.Module, blocks_BT: Tensor) -> Array:

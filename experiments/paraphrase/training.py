@@ -25,6 +25,7 @@ from inrun import Attributor, Ledger
 Batch = dict[str, Tensor]  # inputs [B, L], or [B, L, D] of the lower blocks, and labels [B, L]
 BELOW = 2  # blocks under the trained ones, of a model with LoRA and without a base
 ROOM = 3e9  # bytes that gradients of all examples may take at a time
+AT_ONCE = 32  # rows that go through the lower blocks together
 IGNORED = -100
 
 
@@ -79,7 +80,12 @@ def upper(trained: Trained, base: Any, rows: Sequence[Tensor]) -> tuple[list[Ten
         whole = base(rows[0], use_cache=False).logits
         layers, norm = body.layers, body.norm
         body.layers, body.norm = layers[:below], nn.Identity()
-        inputs = [body(row, use_cache=False).last_hidden_state for row in rows]
+        inputs = []
+        for start in range(0, len(rows), AT_ONCE):
+            part = rows[start : start + AT_ONCE]
+            padded = nn.utils.rnn.pad_sequence([row[0] for row in part], batch_first=True)
+            outputs = body(padded, use_cache=False).last_hidden_state
+            inputs += [of[None, : row.shape[1]] for of, row in zip(outputs, part, strict=True)]
         body.layers, body.norm = layers[below:], norm
         base.config.num_hidden_layers = trained.blocks
         torch.testing.assert_close(base(inputs_embeds=inputs[0], use_cache=False).logits, whole, rtol=1e-4, atol=1e-3)

@@ -17,8 +17,8 @@ from torch.func import functional_call
 
 from experiments import baselines
 from experiments.baselines import Weights
-from experiments.fidelity.training import GPT, example_losses, loss
-from experiments.language import hash_of, mean_loss_of, model_of, optimizer_of, set_rate
+from experiments.fidelity.training import example_losses, loss
+from experiments.language import hash_of, mean_loss_of, model_of, optimizer_of, set_rate, train_step
 from experiments.results import Array
 from experiments.sources import documents
 from experiments.stages.config import LEFT_OUT, PROXY, SCHEMES, Piece, Study
@@ -160,12 +160,6 @@ def proxies(study: Study, text: Path, piece: Piece) -> dict[str, Any]:
         train_step(model, optimizer, blocks)
     source = data.source.reshape(study.steps, study.batch)
     return {"values": values, "source": source, "weights": np.array(hash_of(model))}
-
-
-def train_step(model: GPT, optimizer: torch.optim.Optimizer, blocks: Tensor) -> None:
-    loss(model, blocks).backward()  # type: ignore[no-untyped-call]
-    optimizer.step()
-    optimizer.zero_grad()
 
 
 def without_sources(study: Study, text: Path, piece: Piece) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from experiments.language import mean_loss_of, model_of, optimizer_of, set_rate
+from experiments.language import mean_loss_of, model_of, optimizer_of, set_rate, train_step
 from experiments.results import table_rows
 from experiments.stages import run, training
 from experiments.stages.config import LEFT_OUT, QUICK, Piece
@@ -49,7 +49,7 @@ def test_a_window_without_a_source_goes_on_from_the_run(tmp_path: Path) -> None:
             of = np.arange(step * study.batch, (step + 1) * study.batch)
             if step >= 3 and without is not None:
                 of = of[data.source[of] != without]
-            training.train_step(model, optimizer, data.blocks[torch.from_numpy(of)])
+            train_step(model, optimizer, data.blocks[torch.from_numpy(of)])
         ends.append(mean_loss_of(model, data.targets["scripture"]))
     assert found[1, 1, 0] == pytest.approx(ends[1] - ends[0], abs=1e-7)
 

@@ -1,0 +1,1 @@
+"""Whether training again without the text of negative value is faster."""
