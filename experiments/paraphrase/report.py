@@ -48,7 +48,7 @@ def summarise(study: Study, paths: Mapping[Piece, Path]) -> Row:
         "parts": list(_parts(study, paths)),
         "versions": versions(*study.libraries),
         "likeness": list(_by_rung(likeness, ("jaccard", "shared"), ())),
-        "losses": list(_by_rung(losses, ("before", "drop", "values", "original"), ("model",))),
+        "losses": list(_by_rung(losses, ("before", "drop", "values", "original", "own", "own_last"), ("model",))),
         "found": list(_found(study, ranks)),
         "ranks": ranks,
     }
@@ -69,12 +69,13 @@ def _scores(paths: Mapping[Piece, Path], model: Trained, seed: int) -> tuple[dic
 
 def _ranks(texts: Texts, scores: Mapping[str, Array], key: Row) -> Iterator[Row]:
     """A row for every target: where the methods put its original."""
-    here = len(texts.examples), int(texts.verse.sum())
+    verse, here = texts.verse, (len(texts.examples), int(texts.verse.sum()))
     for t, (rung, k) in enumerate(targets_of(texts)):
         at = texts.originals[k]
         found: Row = {**key, "rung": rung, "original": k, "of": list(here)}
-        for name, of in scores.items():
-            found[name] = [rank(of[t], at), rank(of[t][texts.verse], int(texts.verse[:at].sum()))]
+        for name in METHODS:
+            of = scores.get(name)
+            found[name] = of if of is None else [rank(of[t], at), rank(of[t][verse], int(verse[:at].sum()))]
         yield found | {RANDOM: [(n + 1) / 2 for n in here]}
 
 
@@ -100,6 +101,7 @@ def _losses(texts: Texts, run: Mapping[str, Array], key: Row) -> Iterator[Row]:
     before, after = run["loss"]
     for t, (rung, k) in enumerate(targets_of(texts)):
         yield {**key, "rung": rung, "before": before[t], "drop": before[t] - after[t], "values": run["path"][t].sum(),
+               "own": run["own"][0], "own_last": run["own"][-max(1, len(run["own"]) // 10) :].mean(),
                "original": run["path"][t, texts.originals[k]]}  # fmt: skip
 
 
@@ -121,22 +123,27 @@ def _parts(study: Study, paths: Mapping[Piece, Path]) -> Iterator[Row]:
 def _found(study: Study, ranks: Sequence[Row]) -> Iterator[Row]:
     for model in study.models:
         for rung in RUNGS:
-            mine = [row for row in ranks if (row["model"], row["rung"]) == (model.name, rung)]
-            for method in (name for name in METHODS if name in mine[0]):
-                for n, among in enumerate(AMONG):
-                    of = np.array([row[method][n] for row in mine])
-                    size = mine[0]["of"][n]
-                    within = [float((of <= most).mean()) for most in (1, 10, max(1, size // 100))]
-                    if method == RANDOM:
-                        within = [most / size for most in (1, 10, max(1, size // 100))]
-                    seeds = sorted({row["seed"] for row in mine})
-                    yield {
-                        "model": model.name, "rung": rung, "method": method, "among": among, "of": size,
-                        "median": median(of), "within": [short(share) for share in within],
-                        "mrr": short(float(np.mean(1 / (of if method != RANDOM else np.arange(1, size + 1))))),
-                        "auroc": short(float(1 - (of.mean() - 1) / (size - 1))),
-                        "seeds": [float(np.median([r[method][n] for r in mine if r["seed"] == s])) for s in seeds],
-                    }  # fmt: skip
+            for method in METHODS:
+                mine = [row for row in ranks if (row["model"], row["rung"]) == (model.name, rung) and row[method]]
+                for n, among in enumerate(AMONG if mine else ()):
+                    key = {"model": model.name, "rung": rung, "method": method, "among": among}
+                    yield key | _of(mine, method, n, mine[0]["of"][n])
+
+
+def _of(rows: Sequence[Row], method: str, n: int, size: int) -> Row:
+    """Over the rows' ranks by a method, of `size` examples each."""
+    of = np.array([row[method][n] for row in rows])
+    every = of if method != RANDOM else np.arange(1, size + 1)
+    within = [float((every <= most).mean()) for most in (1, 10, max(1, size // 100))]
+    seeds = sorted({row["seed"] for row in rows})
+    return {
+        "of": size,
+        "median": median(of),
+        "within": [short(share) for share in within],
+        "mrr": short(float(np.mean(1 / every))),
+        "auroc": short(float(1 - (of.mean() - 1) / (size - 1))),
+        "seeds": [float(np.median([row[method][n] for row in rows if row["seed"] == seed])) for seed in seeds],
+    }
 
 
 def median(ranks: Array) -> list[float]:
@@ -178,7 +185,8 @@ def tables(result: Row) -> str:
         ]
     parts += [
         "**The targets' loss**, in nats per token, means over seeds and originals: before training, its drop, the sum "
-        "of all values of `path`, and the original's value.",
+        "of all values of `path`, and the original's value. `training`: the loss of the first batch, and of the last "
+        "tenth of the batches.",
         _loss_table(result),
         "**Seconds** of one thread, of a seed: " + "; ".join(
             f"{row['model']}, {row['part']} {shown(row['seconds'], '.0f')}" for row in result["parts"]
@@ -225,8 +233,9 @@ def _loss_table(result: Row) -> str:
     rows: dict[str, list[str]] = {}
     for row in result["losses"]:
         cell = " / ".join(f"{row[name]:.2f}" for name in ("before", "drop", "values"))
-        rows.setdefault(row["model"], [row["model"]]).append(f"{cell} / {row['original']:.4f}")
-    return table(["model", *RUNGS], rows.values())
+        own = f"{row['own']:.2f} / {row['own_last']:.2f}"
+        rows.setdefault(row["model"], [row["model"], own]).append(f"{cell} / {row['original']:.4f}")
+    return table(["model", "training", *RUNGS], rows.values())
 
 
 def draw(result: Row, path: Path) -> None:

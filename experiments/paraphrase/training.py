@@ -132,8 +132,8 @@ def valued(study: Study, text: Path, piece: Piece) -> dict[str, Any]:
 
     Returns:
         `NAME` [T, N], in nats of the target's loss, and normalised by step; of the last weights `influence`,
-        `gradient`, `cosine`, `hidden` [T, N]; `loss` [2, T]: the targets' before and after; `own`: the
-        examples' mean loss after the last step; `weights`: their hash at the end.
+        `gradient`, `cosine`, `hidden` [T, N]; `loss` [2, T]: the targets' before and after; `own`
+        [steps]: the batches'; `weights`: their hash at the end.
     """
     trained, texts = piece.model, texts_of(study, text, piece.model, piece.seed)
     run = run_of(study, trained, texts, piece.seed)
@@ -141,7 +141,7 @@ def valued(study: Study, text: Path, piece: Piece) -> dict[str, Any]:
     optimizer = torch.optim.AdamW(parameters, lr=trained.rate)
     targets = {str(k): row for k, row in enumerate(run.targets)}
     settings: Any = {"scheme": piece.part}
-    ends = [evaluated(run.model, run.targets)]
+    ends, own = [evaluated(run.model, run.targets)], []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "ledger"
         with Attributor(run.model, optimizer, targets, loss, ledger=folder, **settings) as attributor:
@@ -149,16 +149,18 @@ def valued(study: Study, text: Path, piece: Piece) -> dict[str, Any]:
                 for group in optimizer.param_groups:
                     group["lr"] = trained.rate * min(1.0, (step + 1) / (0.1 * trained.steps))
                 with attributor.batch(places):
-                    loss(run.model, together([run.train[i] for i in places])).backward()  # type: ignore[no-untyped-call]
+                    mean = loss(run.model, together([run.train[i] for i in places]))
+                    mean.backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
                 optimizer.zero_grad()
+                own.append(float(mean.detach()))
         values = Ledger(folder).scan().collect()
     run.model.eval()
     ends.append(evaluated(run.model, run.targets))
     weights = b"".join(p.detach().numpy().tobytes() for p in parameters)
     found = by_target(values, len(run.targets), trained.examples, piece.part) | {
         "loss": np.array(ends), "weights": np.array(hashlib.sha256(weights).hexdigest()),
-        "own": np.array(np.mean(evaluated(run.model, run.train))),
+        "own": np.array(own),
     }  # fmt: skip
     return found if piece.part != "path" else found | at_the_end(study, run)
 
