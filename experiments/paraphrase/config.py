@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 from experiments.study import fingerprint
 
-VERBATIM, NEXT, OTHER = "kjv", "next, bbe", "other, bbe"
-RUNGS = (VERBATIM, "asv", "web", "ylt", "bbe", NEXT, OTHER)
+VERBATIM, FAR, NEXT, OTHER = "kjv", "far, bbe", "next, bbe", "other, bbe"
+RUNGS = (VERBATIM, "asv", "web", "ylt", "bbe", FAR, NEXT, OTHER)
 IN_RUN = ("path", "first")
 UNTRAINED = "without training"
 NORMALISED = ", by step"  # every step's values are divided by the sum of their absolute values
@@ -44,11 +44,12 @@ class Study:
     first: tuple[tuple[int, ...], ...] = ((0, 1, 2), (0,))  # those that are run by `first` as well
     source: str = "bible"  # or "made up", of words that nobody knows
     others: tuple[str, ...] = ("news", "code", "parliament", "encyclopedia")  # the half that is no verse
-    originals: int = 10  # of a seed
+    originals: int = 9  # of a seed, and as many far ones
     fewest: int = 20  # words of a verse, and of a piece of other text
     most: int = 32
     apart: int = 3  # verses on both sides of an original that are left out of training
     alike: float = 0.6  # word Jaccard from which on another verse says the same as an original, and is left out
+    far: float = 0.2  # word Jaccard of a far original and its rewording, at most
     tokens: int = 48  # of an example and a target, at most
     damping: float = 0.1  # of the influence function: a share of the mean of the curvature's eigenvalues
     libraries: tuple[str, ...] = (  # none: without what needs no training
@@ -67,7 +68,8 @@ QUICK = Study(
         Trained("small GPT", epochs=2, blocks=2, **SMALL),  # type: ignore[arg-type]
         Trained("adapted", epochs=1, blocks=1, rank=2, **SMALL),  # type: ignore[arg-type]
     ),
-    seeds=((0,), (0,)), first=((0,), (0,)), source="made up", others=(), originals=2, fewest=10, most=16, libraries=(),
+    seeds=((0,), (0,)), first=((0,), (0,)), source="made up", others=(), originals=2,
+    fewest=10, most=16, far=0.4, libraries=(),
 )  # fmt: skip
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments.paraphrase.config import IN_RUN, NEXT, NORMALISED, OTHER, RUNGS, UNTRAINED, Piece, Study, Trained
+from experiments.paraphrase.config import FAR, IN_RUN, NEXT, NORMALISED, OTHER, RUNGS, UNTRAINED, Piece, Study, Trained
 from experiments.paraphrase.texts import Texts, jaccard, shared, texts_of
 from experiments.pieces import seconds
 from experiments.results import Array, Row, figure, short, shown, spread, table, versions
@@ -18,7 +18,7 @@ METHODS = (
 )  # fmt: skip
 DRAWN = ("path", "path" + NORMALISED, "influence", "cosine", "hidden", "BM25", "embedding")
 AMONG = ("all", "verses")  # examples among which the original's rank is taken
-PAPER = {"kjv": "1 / 1 / 1", "asv": "1 / 1 / 1", "web": "1 / 1 / 1", "bbe": "32.3 / 39.3 / 1.6",
+PAPER = {"kjv": "1 / 1 / 1", "asv": "1 / 1 / 1", "web": "1 / 1 / 1", FAR: "32.3 / 39.3 / 1.6",
          NEXT: "145.6 / 292 / 20,917"}  # of 320,000: first order / influence function / BM25  # fmt: skip
 TOLD = ("path", "path" + NORMALISED, "influence", "BM25", "embedding")
 RESAMPLES = 2000
@@ -71,7 +71,7 @@ def _ranks(texts: Texts, scores: Mapping[str, Array], key: Row) -> Iterator[Row]
     """A row for every target: where the methods put its original."""
     verse, here = texts.verse, (len(texts.examples), int(texts.verse.sum()))
     for t, (rung, k) in enumerate(targets_of(texts)):
-        at = texts.originals[k]
+        at = texts.originals[rung][k]
         found: Row = {**key, "rung": rung, "original": k, "of": list(here)}
         for name in METHODS:
             of = scores.get(name)
@@ -93,7 +93,7 @@ def rank(scores: Array, i: int) -> float:
 
 def _likeness(texts: Texts, key: Row) -> Iterator[Row]:
     for rung, k in targets_of(texts):
-        one, other = texts.targets[rung][k], texts.examples[texts.originals[k]]
+        one, other = texts.targets[rung][k], texts.examples[texts.originals[rung][k]]
         yield {**key, "rung": rung, "jaccard": jaccard(one, other), "shared": shared(one, other)}
 
 
@@ -102,7 +102,7 @@ def _losses(texts: Texts, run: Mapping[str, Array], key: Row) -> Iterator[Row]:
     for t, (rung, k) in enumerate(targets_of(texts)):
         yield {**key, "rung": rung, "before": before[t], "drop": before[t] - after[t], "values": run["path"][t].sum(),
                "own": run["own"][0], "own_last": run["own"][-max(1, len(run["own"]) // 10) :].mean(),
-               "original": run["path"][t, texts.originals[k]]}  # fmt: skip
+               "original": run["path"][t, texts.originals[rung][k]]}  # fmt: skip
 
 
 def _by_rung(rows: Sequence[Row], names: Sequence[str], by: Sequence[str]) -> Iterator[Row]:
@@ -158,7 +158,7 @@ def headline(result: Row) -> str:
     models = [model["name"] for model in result["study"]["models"]]
     found = {(r["model"], r["rung"], r["method"]): r["median"][0] for r in result["found"] if r["among"] == "verses"}
     parts = []
-    for rung in ("kjv", "bbe"):
+    for rung in ("kjv", FAR):
         listed = (f"{name} {' / '.join(f'{found[model, rung, name]:g}' for model in models)}" for name in TOLD)
         parts.append(f"{'verbatim' if rung == 'kjv' else 'far rewording'}: {', '.join(listed)}")
     return f"median rank of the original among verses, {' / '.join(models)}; " + "; ".join(parts)

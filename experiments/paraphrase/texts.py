@@ -9,25 +9,26 @@ from typing import Any
 
 import numpy as np
 
-from experiments.paraphrase.config import NEXT, OTHER, RUNGS, VERBATIM, Study, Trained
+from experiments.paraphrase.config import FAR, NEXT, OTHER, RUNGS, VERBATIM, Study, Trained
 from experiments.results import Array
 from experiments.sources import TRANSLATIONS, verses
 
 BOOKS_CHAPTER = 1000  # a verse's number divided by this is its chapter's
 SAME_NUMBERS = 0.2  # word Jaccard of a chapter's verses with KJV's below which BBE numbers them in another way
+MARGIN = 0.03  # of a verse's likeness over that of its neighbours
 CHARACTERS = 200_000  # that are read of each source of other text
 Verses = dict[int, str]
 
 
 @dataclass(frozen=True)
 class Texts:
-    """A seed's training examples, `verse` says which are verses and `originals` [K] where the originals stand, and
-    rung -> [K] targets.
+    """A seed's training examples, `verse` says which are verses, and by rung `targets` [K] and where their `originals`
+    [K] stand.
     """
 
     examples: list[str]
     verse: Array
-    originals: list[int]
+    originals: dict[str, list[int]]
     targets: dict[str, list[str]]
 
 
@@ -89,9 +90,10 @@ def texts_of(study: Study, path: Path, model: Trained, seed: int) -> Texts:
     kjv, random = bibles[VERBATIM], np.random.default_rng(seed)
     usable = [v for v, text in kjv.items() if study.fewest <= len(text.split()) <= study.most]
     shuffled = [usable[i] for i in random.permutation(len(usable))]
-    originals, unrelated = chosen(study, bibles, shuffled)
+    originals, unrelated, far = chosen(study, bibles, shuffled)
     share = (model.examples - model.examples // 2) if study.others else model.examples
-    training = [*originals, *distractors(study, kjv, shuffled, {*originals, *unrelated}, share - len(originals))]
+    training = [*originals, *far]
+    training += distractors(study, kjv, shuffled, {*training, *unrelated}, share - len(training))
     rows = [(kjv[v], v) for v in training]
     for k, name in enumerate(study.others):
         left, of = model.examples - share, len(study.others)
@@ -101,26 +103,39 @@ def texts_of(study: Study, path: Path, model: Trained, seed: int) -> Texts:
     assert len(rows) == model.examples
     places = {verse: place for place, (_, verse) in enumerate(rows)}
     targets = {name: [bibles[name][v] for v in originals] for name in RUNGS if name in bibles}
+    targets[FAR] = [bibles["bbe"][v] for v in far]
     targets[NEXT] = [bibles["bbe"][v + 1] for v in originals]
     targets[OTHER] = [bibles["bbe"][v] for v in unrelated]
-    return Texts(
-        [text for text, _ in rows], np.array([v > 0 for _, v in rows]), [places[v] for v in originals], targets
-    )
+    stand = {rung: [places[v] for v in (far if rung == FAR else originals)] for rung in targets}
+    return Texts([text for text, _ in rows], np.array([verse > 0 for _, verse in rows]), stand, targets)
 
 
-def chosen(study: Study, bibles: Mapping[str, Verses], shuffled: list[int]) -> tuple[list[int], list[int]]:
-    """The first verses, of a chapter each, that all translations have, and the next one too: originals, and as many
-    that belong to no original.
+def chosen(study: Study, bibles: Mapping[str, Verses], shuffled: list[int]) -> tuple[list[int], list[int], list[int]]:
+    """The first verses, of a chapter each, that all translations have, and the next one too: originals, as many that
+    belong to no original, and as many far originals.
     """
     found: dict[int, int] = {}
+    far: dict[int, int] = {}
     for verse in shuffled:
         everywhere = all(verse in of and verse + 1 in of for of in bibles.values())
         if everywhere and len(words(bibles[VERBATIM][verse + 1])) >= study.fewest // 2:
-            found.setdefault(verse // BOOKS_CHAPTER, verse)
-        if len(found) == 2 * study.originals:
+            if len(found) < 2 * study.originals:
+                found.setdefault(verse // BOOKS_CHAPTER, verse)
+            elif verse // BOOKS_CHAPTER not in found and is_far(study, bibles, verse):
+                far.setdefault(verse // BOOKS_CHAPTER, verse)
+        if len(far) == study.originals:
             break
     both = list(found.values())
-    return both[: study.originals], both[study.originals :]
+    return both[: study.originals], both[study.originals :], list(far.values())
+
+
+def is_far(study: Study, bibles: Mapping[str, Verses], verse: int) -> bool:
+    """Whether BBE's verse has few words in common with KJV's, but more than those before and after it have: it is
+    no other verse.
+    """
+    kjv, bbe = bibles[VERBATIM][verse], bibles["bbe"]
+    near = max(jaccard(kjv, bbe.get(other, "")) for other in (verse - 1, verse + 1))
+    return near + MARGIN < jaccard(kjv, bbe[verse]) < study.far
 
 
 def distractors(study: Study, kjv: Verses, shuffled: list[int], targets: set[int], number: int) -> list[int]:
