@@ -9,6 +9,10 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from hypothesis import settings
+
+settings.register_profile("inrun", deadline=None)  # how long an example takes is the machine's other work
+settings.load_profile("inrun")
 
 
 @pytest.fixture
