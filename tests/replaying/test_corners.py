@@ -62,6 +62,37 @@ class Reentrant(nn.Module):
         return torch.as_tensor(checkpoint(self.after, x, use_reentrant=True) if self.training else self.after(x))
 
 
+class Aside(torch.autograd.Function):
+    """Runs a module again in the backward pass, whose weights' gradients come by a backward pass of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        ctx.module, ctx.x = module, x.detach()
+        with torch.no_grad():
+            return torch.as_tensor(module(x))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        x = ctx.x.requires_grad_()
+        with torch.enable_grad():
+            ctx.module(x).backward(gradient)
+        return None, x.grad
+
+
+class Unseen(nn.Module):
+    """Has weights that no graph leads to, and whose gradient is a small part of the whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model, self.after = CASES["mlp"].build(), nn.Linear(3, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.model(x)
+        if not self.training:
+            return torch.as_tensor(y + 1e-8 * self.after(y))
+        return torch.as_tensor(y + 1e-8 * Aside.apply(self.after, y))
+
+
 class Turning(nn.Module):
     """A ReLU at its kink, which turns with the rounding of attention's plain form, in the first batch of step 2."""
 
@@ -128,6 +159,12 @@ def test_a_step_whose_plain_gradient_is_another_is_gone_back_through_by_differen
     assert errors.is_null().to_list() == [True, False, True]
     with pytest.raises(InrunError, match=r"step 2: the gradient that torch's plain kernels make.*is not the run's"):
         run.replay({"other": run.target(1)}, hessian="double")
+
+
+def test_a_double_backward_is_of_all_weights_however_small_their_gradient(tmp_path: Path) -> None:
+    run = Run(replace(CASES["mlp"], build=Unseen), "momentum", 0.3, steps=3, folder=tmp_path / "run")
+    run.record()
+    assert run.replay().run["replays"][0]["hessian"] == "difference"
 
 
 def test_betas_may_be_a_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
