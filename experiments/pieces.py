@@ -1,5 +1,6 @@
 """A study in pieces: each is computed once, by itself, and kept as a file, so that a study that was stopped goes on."""
 
+import hashlib
 import multiprocessing
 import os
 import time
@@ -10,7 +11,9 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from rich.console import Console
+from torch import nn
 
 
 class Piece(Protocol):
@@ -21,6 +24,25 @@ class Piece(Protocol):
 
 
 P = TypeVar("P", bound=Piece)
+
+
+def file_name(*parts: object) -> str:
+    """A piece's name of what it is: with no blanks and commas."""
+    return "-".join(map(str, parts)).replace(", ", "-").replace(" ", "-")
+
+
+def hash_of(model: nn.Module) -> NDArray[np.str_]:
+    """Of the trained weights: pieces of one run keep it as `weights`, for `load` to look at."""
+    trained = (p for p in model.parameters() if p.requires_grad)
+    return np.array(hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in trained)).hexdigest())
+
+
+def text_in(path: Path, write: Callable[[Path], None], console: Console) -> Path:
+    """The file of a study's text, which is written where it is not there yet."""
+    if not path.exists():
+        console.print("reading and tokenizing the text", highlight=False)
+        write(path)
+    return path
 
 
 def _bring(work: Callable[[Any], Mapping[str, Any]], piece: Piece, path: Path) -> None:
@@ -61,6 +83,24 @@ def _tell(console: Console, done: int, of: int, piece: Piece, begun: float) -> N
     left = (time.monotonic() - begun) / done * (of - done) / 60
     console.print(f"{done}/{of}  {piece.name}  {left:.0f} min left", highlight=False)
     console.file.flush()
+
+
+def load(
+    paths: Mapping[P, Path], run_of: Callable[[P], object] = lambda piece: None
+) -> dict[P, dict[str, NDArray[Any]]]:
+    """The arrays of all pieces. Those of one run, as `run_of` says, must have the same `weights`, where they have any:
+    an AssertionError tells which have not.
+    """
+    found: dict[P, dict[str, NDArray[Any]]] = {}
+    ends: dict[object, set[str]] = {}
+    for piece, path in paths.items():
+        with np.load(path) as arrays:
+            found[piece] = dict(arrays)
+        if "weights" in found[piece]:
+            ends.setdefault(run_of(piece), set()).add(str(found[piece]["weights"]))
+    for run, weights in ends.items():
+        assert len(weights) == 1, f"{run}: the weights depend on how the values are computed"
+    return found
 
 
 def seconds(paths: Iterable[Path]) -> float:

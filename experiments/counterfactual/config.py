@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+from experiments.pieces import file_name
 from experiments.study import fingerprint
 
 IN_RUN: dict[str, dict[str, Any]] = {  # what the Attributor is told, for a run of each
@@ -130,7 +131,7 @@ class Piece:
     def name(self) -> str:
         settings = fingerprint(self.model, but=("seeds",))[:6]
         part = f"{self.part}-{self.block}" if self.block else self.part
-        return f"{self.model.name}-{settings}-seed{self.seed}-{part}".replace(", ", "-").replace(" ", "-").lower()
+        return file_name(self.model.name, settings, f"seed{self.seed}", part).lower()
 
 
 def pieces_of(study: Study) -> Iterator[Piece]:

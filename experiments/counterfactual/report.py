@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from experiments.counterfactual.config import GAMES, IN_NATS, IN_RUN, METHODS, RANDOM, SIGNED, Model, Piece, Study
-from experiments.pieces import seconds
+from experiments.pieces import load, seconds
 from experiments.results import Array, Row, correlation, figure, lds, short, shown, spread, table, versions
 
 OTHERS = "others"  # trainings from other weights in another order
@@ -31,13 +31,9 @@ class Seed:
 
     def __init__(self, paths: Mapping[Piece, Path], model: Model, seed: int) -> None:
         self.model, self.values = model, values_of(paths, model, seed)
-        self.pieces: dict[str, dict[str, Array]] = {}
-        for piece, path in paths.items():
-            if (piece.model, piece.seed) == (model, seed):
-                with np.load(path) as arrays:
-                    self.pieces[f"{piece.part}, {piece.block}"] = dict(arrays)
-        ends = {str(of["weights"]) for of in self.pieces.values() if "weights" in of}
-        assert len(ends) == 1, f"{model.name}, seed {seed}: the weights depend on how the values are computed"
+        mine = {piece: path for piece, path in paths.items() if (piece.model, piece.seed) == (model, seed)}
+        loaded = load(mine, lambda piece: (model.name, seed))
+        self.pieces = {f"{piece.part}, {piece.block}": of for piece, of in loaded.items()}
 
     def part(self, name: str) -> dict[str, Array]:
         """Blocks of subsets joined, the subsets being the last dimension of what happened, the first of `keep`."""

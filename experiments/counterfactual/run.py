@@ -38,10 +38,7 @@ def remove(text: Path, paths: Mapping[Piece, Path], piece: Piece) -> Mapping[str
 
 def compute(study: Study, folder: Path, workers: int, console: Console) -> dict[Piece, Path]:
     """Bring every piece into the store: values and subsets, and then the removals by values."""
-    text = folder / "text.npz"
-    if not text.exists():
-        console.print("reading and tokenizing the text", highlight=False)
-        write_text(study, text)
+    text = pieces.text_in(folder / "text.npz", partial(write_text, study), console)
     paths = pieces.compute(partial(work, text), pieces_of(study), folder, workers, console)
     return paths | pieces.compute(partial(remove, text, paths), removals_of(study), folder, workers, console)
 

@@ -3,7 +3,6 @@
 N are the training examples, B those of a batch; values are of the target's loss in nats, and positive helps.
 """
 
-import hashlib
 import math
 import tempfile
 import time
@@ -22,8 +21,10 @@ from experiments import baselines
 from experiments.counterfactual.config import CENTRED, HORIZON, IN_RUN, REPLAY, Model, Piece
 from experiments.counterfactual.data import data_of
 from experiments.counterfactual.networks import network
+from experiments.pieces import hash_of
 from experiments.results import Array
 from experiments.retraining import Batch
+from experiments.values import totals
 from inrun import Attributor, Ledger, replay
 
 TARGET = "held out"
@@ -82,11 +83,6 @@ class Run:
         return model
 
 
-def hash_of(model: nn.Module) -> str:
-    trained = (p for p in model.parameters() if p.requires_grad)
-    return hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in trained)).hexdigest()
-
-
 def in_run(piece: Piece, path: Path) -> dict[str, Any]:
     """A run with an Attributor, as in a user's loop; for `path` also its replays.
 
@@ -108,7 +104,7 @@ def in_run(piece: Piece, path: Path) -> dict[str, Any]:
                     run.loss(model, batch).backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
                 optimizer.zero_grad()
-        found |= {scheme: totals(piece.model, Ledger(folder)), f"seconds {scheme}": time.monotonic() - begun}
+        found |= {scheme: totals(Ledger(folder), piece.model.examples), f"seconds {scheme}": time.monotonic() - begun}
         replays = ((REPLAY, None), (HORIZON, piece.model.horizon)) if "replayable" in settings else ()
         for method, horizon in replays:
             begun = time.monotonic()
@@ -116,22 +112,13 @@ def in_run(piece: Piece, path: Path) -> dict[str, Any]:
                 folder, {TARGET: run.target}, run.loss, model=model, optimizer=optimizer, horizon=horizon,
                 progress=lambda done, steps, now: None,
             )  # fmt: skip
-            found |= {method: totals(piece.model, values), f"seconds {method}": time.monotonic() - begun}
+            found |= {method: totals(values, piece.model.examples), f"seconds {method}": time.monotonic() - begun}
             if horizon is None:
-                found[CENTRED] = totals(piece.model, values, centred=True)
+                found[CENTRED] = totals(values, piece.model.examples, centred=True)
                 found["adjoint"] = values.steps().sort("step")["adjoint"].to_numpy()
     with torch.no_grad():
         found["target"] = np.array([before, float(run.loss(model, run.target))])
-    return found | {"weights": np.array(hash_of(model))}
-
-
-def totals(model: Model, ledger: Ledger, centred: bool = False) -> Array:
-    """The sum of every example's values; centred: of their distances from the mean of their step's batch."""
-    rows = ledger.scan().collect()
-    places, values, steps = (rows[name].to_numpy() for name in ("id", "value", "step"))
-    if centred:
-        values = values - (np.bincount(steps, values) / np.maximum(np.bincount(steps), 1))[steps]
-    return np.asarray(np.bincount(places, values, minlength=model.examples), dtype=np.float64)
+    return found | {"weights": hash_of(model)}
 
 
 def rivals(piece: Piece, path: Path) -> dict[str, Any]:
@@ -190,7 +177,7 @@ def rivals(piece: Piece, path: Path) -> dict[str, Any]:
     timed("TRAK", trak)
     ties = 1e-6 * random.random(setting.examples)  # which of equal ones are removed is a matter of chance
     found["group"] = run.data.group + ties
-    return found | {"random": random.normal(size=setting.examples), "weights": np.array(ends)}
+    return found | {"random": random.normal(size=setting.examples), "weights": ends}
 
 
 def chunks(examples: Batch) -> Iterator[Batch]:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from experiments.pieces import file_name
 from experiments.study import fingerprint
 
 CLEAN = ("news", "encyclopedia", "parliament", "addresses", "fiction", "ham")
@@ -99,7 +100,7 @@ class Piece:
 
     @property
     def name(self) -> str:
-        return f"seed{self.seed}-{self.part}".replace(", ", "-").replace(" ", "-")
+        return file_name(f"seed{self.seed}", self.part)
 
 
 def pieces_of(study: Study) -> Iterator[Piece]:

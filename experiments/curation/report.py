@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from experiments.curation.choice import CONTROLS, ONE_PASS, kind_of, values_of
 from experiments.curation.config import ALL, NEGATIVES, SHARE, Piece, Study
-from experiments.pieces import seconds
+from experiments.pieces import load, seconds
 from experiments.results import Array, Row, auroc, figure, short, shown, spread, table, versions
 
 ZERO = ("path", ONE_PASS, "path, at once", "path, broad", "first", "sgd-proxy")  # whose zero means something
@@ -23,15 +23,9 @@ Values = Mapping[int, Mapping[str, Array]]  # by seed and method: [N]
 
 def summarise(study: Study, paths: Mapping[Piece, Path]) -> Row:
     """What result.json holds."""
-    loaded: dict[Piece, dict[str, Array]] = {}
-    for piece, path in paths.items():
-        with np.load(path) as arrays:
-            loaded[piece] = dict(arrays)
+    loaded = load(paths, lambda piece: piece.seed)
     values = {seed: values_of(study, paths, seed) for seed in study.seeds}
     masks = {seed: masks_of(study, kind_of(paths, seed)) for seed in study.seeds}
-    for seed in study.seeds:
-        ends = {str(of["weights"]) for piece, of in loaded.items() if piece.seed == seed and "weights" in of}
-        assert len(ends) == 1, f"seed {seed}: the weights depend on how the values are computed"
     return {
         "about": "negative: shares of the blocks of a kind that have a negative value; auroc: of blocks of a kind by "
         "values lower than those of clean blocks; dropped: shares of a kind; trainings: `difference` and `others` in "

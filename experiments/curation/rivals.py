@@ -14,8 +14,8 @@ from experiments import baselines
 from experiments.baselines import Weights
 from experiments.curation.config import Piece, Study
 from experiments.curation.mixture import Data, data_of
-from experiments.fidelity.training import GPT
-from experiments.language import hash_of, losses_of, model_of, optimizer_of, set_rate, train_step
+from experiments.language import GPT, losses_of, model_of, optimizer_of, set_rate, train_step
+from experiments.pieces import hash_of
 
 
 def one_of(model: GPT) -> Callable[..., Tensor]:
@@ -44,7 +44,7 @@ def proxy(study: Study, text: Path, piece: Piece) -> dict[str, Any]:
         (each,) = baselines.products(baselines.weights_of(model), one, (blocks,), [target])
         found[epoch, places] = rate / study.batch * each
         train_step(model, optimizer, blocks)
-    return {"sgd-proxy": found, "loss": -losses_of(model, data.blocks), "weights": np.array(hash_of(model))}
+    return {"sgd-proxy": found, "loss": -losses_of(model, data.blocks), "weights": hash_of(model)}
 
 
 def influence(study: Study, text: Path, piece: Piece) -> dict[str, Any]:
@@ -59,7 +59,7 @@ def influence(study: Study, text: Path, piece: Piece) -> dict[str, Any]:
         weights, one_of(model), train, targets, damping=study.damping, iterations=study.iterations,
         of=(data.blocks[sample],),
     )  # fmt: skip
-    return {"influence": found, "weights": np.array(hash_of(model))}
+    return {"influence": found, "weights": hash_of(model)}
 
 
 def begun(study: Study, text: Path, piece: Piece) -> tuple[Data, GPT, torch.optim.Optimizer]:

@@ -41,9 +41,7 @@ def train_again(study: Study, text: Path, paths: Mapping[Piece, Path], piece: Pi
 
 def compute(study: Study, folder: Path, workers: int, console: Console) -> dict[Piece, Path]:
     """Bring every piece into the store: the values, and then the trainings on what they leave."""
-    text = folder / "text.npz"
-    if not text.exists():
-        write_text(study, text)
+    text = pieces.text_in(folder / "text.npz", partial(write_text, study), console)
     paths = pieces.compute(partial(work, study, text), pieces_of(study), folder, workers, console)
     again = partial(train_again, study, text, paths)
     return paths | pieces.compute(again, trainings_of(study), folder, workers, console)

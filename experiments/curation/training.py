@@ -10,12 +10,11 @@ from numpy.typing import NDArray
 
 from experiments.curation.config import ALL, Piece, Study
 from experiments.curation.mixture import Indices, data_of
-from experiments.fidelity.training import loss
-from experiments.language import hash_of, mean_loss_of, model_of, optimizer_of, set_rate, train_step
-from experiments.results import Array
+from experiments.language import loss, mean_loss_of, model_of, optimizer_of, set_rate, train_step
+from experiments.pieces import hash_of
+from experiments.values import NORMALISED, by_epoch, totals
 from inrun import Attributor, Ledger, replay
 
-NORMALISED = ", by step"  # every step's values are divided by the sum of their absolute values
 WIDE = "at once"
 OTHER = 1000  # what is added to a seed where a model begins with other weights than the run's, in another order
 
@@ -50,34 +49,22 @@ def valued(study: Study, text: Path, piece: Piece) -> dict[str, Any]:
                     loss(model, blocks).backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
                 optimizer.zero_grad()
+        sizes = (study.blocks, study.epochs, study.steps)
         for target in targets:
-            found[f"{scheme}, {target}"] = by_use(study, Ledger(folder), target)
+            found[f"{scheme}, {target}"] = by_epoch(Ledger(folder), target, *sizes)
         if WIDE not in targets:
-            found[scheme + NORMALISED] = by_use(study, Ledger(folder), study.main, normalised=True)
+            found[scheme + NORMALISED] = by_epoch(Ledger(folder), study.main, *sizes, normalised=True)
         if replayable:
             values = replay(
                 folder, {study.main: data.targets[study.main]}, loss, model=model, optimizer=optimizer,
                 progress=lambda done, steps, now: None,
             )  # fmt: skip
-            found["replay"] = by_use(study, values, study.main).sum(axis=0)
+            found["replay"] = totals(values, study.blocks)
     before_epoch = study.steps // study.epochs * np.arange(study.epochs)[:, None]
     return found | {
         "kind": data.kind, "step": before_epoch + np.argsort(data.orders, axis=1) // study.batch,
-        "target": np.array([before, mean_loss_of(model, data.whole)]), "weights": np.array(hash_of(model)),
+        "target": np.array([before, mean_loss_of(model, data.whole)]), "weights": hash_of(model),
     }  # fmt: skip
-
-
-def by_use(study: Study, ledger: Ledger, target: str, normalised: bool = False) -> Array:
-    """The value of every block in every epoch, which uses it once: [epochs, N]."""
-    rows = ledger.scan().collect()
-    rows = rows.filter(rows["target"] == target)
-    places, values, steps = (rows[name].to_numpy() for name in ("id", "value", "step"))
-    steps = steps - steps.min()
-    if normalised:
-        values = values / np.bincount(steps, np.abs(values))[steps]
-    cells = steps * study.epochs // study.steps * study.blocks + places
-    assert len(np.unique(cells)) == len(cells) == study.epochs * study.blocks
-    return np.bincount(cells, values).reshape(study.epochs, study.blocks).astype(np.float64)
 
 
 def order_of(study: Study, kept: NDArray[np.bool_], seed: int) -> Iterator[Indices]:

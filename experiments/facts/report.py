@@ -1,6 +1,5 @@
 """From finished runs to result.json, the tables of README.md and figure.svg."""
 
-import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -10,7 +9,7 @@ import numpy as np
 
 from experiments.facts.planted import Fact
 from experiments.facts.training import Examples, Piece, Study, bm25, examples_of
-from experiments.results import Array, Row, short, table, versions
+from experiments.results import Array, Row, figure, short, table, versions
 
 TOP, NEAR = 0.01, 0.05  # of the examples
 BM25, OWN_LOSS, RANDOM = "BM25", "training loss", "random"
@@ -223,13 +222,9 @@ def _ranks_table(result: Row) -> str:
 
 def draw(result: Row, path: Path) -> None:
     """Left: every planted example's and lure's rank by every method. Right: whose values the target's loss drop is."""
-    importlib.import_module("matplotlib").use("svg")  # not installed but for the studies
-    plt: Any = importlib.import_module("matplotlib.pyplot")
-    options = {"svg.hashsalt": "facts", "svg.fonttype": "none", "font.size": 8, "legend.frameon": False}
     study, random = result["study"], np.random.default_rng(0)
     schemes = list(dict(study["schemes"]))
-    with plt.rc_context(options | {"axes.spines.top": False, "axes.spines.right": False}):
-        figure, (ranks, books) = plt.subplots(1, 2, figsize=(8.4, 3.4), layout="constrained")
+    with figure(path, 1, 2, (8.4, 3.4)) as ((ranks, books),):
         methods = [*schemes, BM25, OWN_LOSS]
         for k, method in enumerate(methods):
             for n, kind in enumerate((*study["left_out"], "lures")):
@@ -251,5 +246,3 @@ def draw(result: Row, path: Path) -> None:
         books.axhline(1, color="grey", linewidth=0.8, linestyle="--")
         books.set_ylabel("share of the target's loss drop, mean")
         books.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
-        figure.savefig(path, metadata={"Date": None})
-        plt.close(figure)

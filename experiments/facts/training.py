@@ -1,6 +1,5 @@
 """What the study trains: its settings, real sentences with planted ones among them, and a run whose values are kept."""
 
-import hashlib
 import json
 import re
 import tempfile
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from experiments.facts.planted import ANSWER_FIRST, FACTS, NAME_FIRST, Fact
+from experiments.pieces import file_name, hash_of
 from experiments.study import fingerprint
 from inrun import Attributor, Ledger
 
@@ -76,9 +76,7 @@ class Piece:
 
     @property
     def name(self) -> str:
-        return f"{self.scheme}{self.without and f'without {self.without}'}-seed{self.seed}".replace(", ", "-").replace(
-            " ", "-"
-        )
+        return file_name(self.scheme or f"without {self.without}", f"seed{self.seed}")
 
 
 def pieces_of(study: Study) -> Iterator[Piece]:
@@ -234,10 +232,9 @@ def train(study: Study, text: Path, piece: Piece) -> dict[str, Any]:
         ledger = Ledger(folder)
         values = [ledger.values(fact.name).sort("id")["value"].to_numpy() for fact in study.facts]
     ends.append(evaluated(model, targets))
-    weights = b"".join(p.detach().numpy().tobytes() for p in model.parameters() if p.requires_grad)
     return {
         "values": np.array(values), "train_loss": np.array(own), "target_loss": np.array(ends),
-        "weights": np.array(hashlib.sha256(weights).hexdigest()),
+        "weights": hash_of(model),
     }  # fmt: skip
 
 

@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.func import functional_call, vmap
 from torch.optim import Optimizer
 
-from experiments.fidelity.training import GPT, Run, Study, example_losses, loss, mean_loss, settings_of
+from experiments.fidelity.training import Run, Study, settings_of
+from experiments.language import GPT, example_losses, loss, mean_loss
 from inrun.direction import Direction, Scheme, scheme_of
 from inrun.game import Game
 from inrun.oracle import StepGame, monte_carlo_shapley, per_example_gradients

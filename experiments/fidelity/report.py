@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from experiments.fidelity.training import Study
-from experiments.results import NAMES, Row, short, table, versions
+from experiments.results import NAMES, Row, figure, short, table, versions
 
 METRICS = ("relative", "rmse", "spearman", "total")
 ACCOUNTS = ("value", "momentum", "decay", "unexplained")
@@ -195,15 +195,11 @@ MARKERS = {
 
 def draw(result: Row, path: Path) -> None:
     """Above: error against cost, a panel for every optimizer. Below: the whole run's accounts as they grow."""
-    importlib.import_module("matplotlib").use("svg")  # not installed but for the studies
-    plt: Any = importlib.import_module("matplotlib.pyplot")
-    options = {"svg.hashsalt": "fidelity", "svg.fonttype": "none", "font.size": 8, "legend.frameon": False}
     study = result["study"]
     curves = [c for c in result["curves"] if c["scheme"] == "path 1"]
     curves = [c for c in curves if c["optimizer"] != "momentum" or c["rate"] > 0.01]
     columns = max(len(study["rates"]), len(curves))
-    with plt.rc_context(options | {"axes.spines.top": False, "axes.spines.right": False}):
-        figure, panels = plt.subplots(2, columns, figsize=(3.3 * columns, 6.4), squeeze=False, layout="constrained")
+    with figure(path, 2, columns, (3.3 * columns, 6.4)) as panels:
         for panel, (optimizer, rates) in zip(panels[0], study["rates"], strict=False):
             _draw_errors(panel, result, optimizer, rates)
         for panel, curve in zip(panels[1], curves, strict=False):
@@ -214,10 +210,9 @@ def draw(result: Row, path: Path) -> None:
         panels[1][0].set_ylabel("nats of target loss, summed")
         panels[1][0].legend()
         kinds = {MARKERS[s]: ", ".join(t for t in MARKERS if MARKERS[t] == MARKERS[s]) for s in study["schemes"]}
-        marks = [plt.Line2D([], [], color="0.3", marker=m, linestyle="", label=s) for m, s in kinds.items()]
-        figure.legend(handles=marks, loc="outside lower center", ncols=len(marks))
-        figure.savefig(path, metadata={"Date": None})
-        plt.close(figure)
+        lines: Any = importlib.import_module("matplotlib.lines")
+        marks = [lines.Line2D([], [], color="0.3", marker=m, linestyle="", label=s) for m, s in kinds.items()]
+        panels[0][0].figure.legend(handles=marks, loc="outside lower center", ncols=len(marks))
 
 
 def _draw_errors(panel: Any, result: Row, optimizer: str, rates: Sequence[float]) -> None:

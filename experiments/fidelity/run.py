@@ -23,7 +23,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from experiments.fidelity import report
 from experiments.fidelity.games import play
-from experiments.fidelity.training import QUICK, Run, Study, books, loss, write_text
+from experiments.fidelity.training import QUICK, Run, Study, books, write_text
+from experiments.language import loss
 from experiments.results import fill, write
 
 LINE_EVERY = 30.0  # seconds between two lines of a log

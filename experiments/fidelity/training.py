@@ -3,7 +3,6 @@
 Tensors carry their shape in their name: B examples, T tokens, H heads, D width, V vocabulary.
 """
 
-import math
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,10 +11,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 from torch.optim import Optimizer
 
+from experiments.language import GPT, loss
 from experiments.study import fingerprint
 from inrun import Attributor, Ledger
 
@@ -85,69 +84,6 @@ def write_text(study: Study, path: Path) -> None:
     draft = path.with_suffix(".partial.npz")
     np.savez(draft, train=np.array(parts[False]), held_out=np.array(parts[True]))
     draft.replace(path)
-
-
-class Block(nn.Module):
-    """Attention and a feed-forward layer, each after a norm and around a residual."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.norm_1, self.norm_2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.qkv = nn.Linear(width, 3 * width, bias=False)
-        self.out = nn.Linear(width, width, bias=False)
-        self.up = nn.Linear(width, 4 * width, bias=False)
-        self.down = nn.Linear(4 * width, width, bias=False)
-
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        B, T, D = x_BTD.shape
-        qkv = self.qkv(self.norm_1(x_BTD)).view(B, T, 3, self.heads, D // self.heads)
-        q_BHTd, k_BHTd, v_BHTd = qkv.permute(2, 0, 3, 1, 4)
-        # written out: the fused kernel has no rule for vmap, and none for a double backward
-        scores_BHTT = (q_BHTd / math.sqrt(D // self.heads)) @ k_BHTd.transpose(-1, -2)
-        future_TT = torch.full((T, T), -math.inf, dtype=x_BTD.dtype, device=x_BTD.device).triu(1)
-        attended_BHTd = (scores_BHTT + future_TT).softmax(-1) @ v_BHTd
-        x_BTD = x_BTD + self.out(attended_BHTd.transpose(1, 2).reshape(B, T, D))
-        up: Tensor = self.up(self.norm_2(x_BTD))
-        down: Tensor = self.down(F.gelu(up, approximate="tanh"))
-        return x_BTD + down
-
-
-class GPT(nn.Module):
-    """A GPT with a tied head and no biases in its linear layers: tokens [B, T] to logits [B, T, V]."""
-
-    def __init__(self, study: Study) -> None:
-        super().__init__()
-        self.token = nn.Embedding(study.vocabulary, study.width)
-        self.position = nn.Embedding(study.length, study.width)
-        self.blocks = nn.Sequential(*(Block(study.width, study.heads) for _ in range(study.layers)))
-        self.norm = nn.LayerNorm(study.width)
-        self.head = nn.Linear(study.width, study.vocabulary, bias=False)
-        self.head.weight = self.token.weight
-        for p in self.parameters():
-            if p.ndim == 2:
-                nn.init.normal_(p, std=0.55 / math.sqrt(study.width))  # GPT-2's 0.02 at its width of 768
-
-    def forward(self, ids_BT: Tensor) -> Tensor:
-        places_BT = torch.arange(ids_BT.shape[1], device=ids_BT.device).expand(ids_BT.shape)
-        logits: Tensor = self.head(self.norm(self.blocks(self.token(ids_BT) + self.position(places_BT))))
-        return logits
-
-
-def example_losses(model: nn.Module, ids_BT: Tensor) -> Tensor:
-    """Every example's mean loss over its tokens, in nats: [B]."""
-    logits_BTV = model(ids_BT)[:, :-1]
-    return F.cross_entropy(logits_BTV.transpose(1, 2), ids_BT[:, 1:], reduction="none").mean(dim=1)
-
-
-def mean_loss(logits_BTV: Tensor, ids_BT: Tensor) -> Tensor:
-    """The mean loss of a batch by its logits, in nats: a scalar."""
-    return F.cross_entropy(logits_BTV[:, :-1].flatten(0, 1), ids_BT[:, 1:].flatten())
-
-
-def loss(model: nn.Module, ids_BT: Tensor) -> Tensor:
-    """The mean loss of a batch, in nats: a scalar."""
-    return mean_loss(model(ids_BT), ids_BT)
 
 
 def optimizers_of(name: str, model: GPT, rate: float) -> list[Optimizer]:

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from experiments.pieces import file_name
 from experiments.study import fingerprint
 
 IN_RUN: dict[str, dict[str, Any]] = {  # what the Attributor is told, for a run of each
@@ -12,7 +13,6 @@ IN_RUN: dict[str, dict[str, Any]] = {  # what the Attributor is told, for a run 
     "second": {"scheme": "second"},
     "path, credit": {"momentum": "credit"},
 }
-NORMALISED = ", by step"  # every step's values are divided by the sum of their absolute values
 EARLY = ", early"  # the sums of the first epochs alone, as many as EL2N is had after
 NOT_HASHED = ("sources", "seeds", "in_run", "parts", "selected", "whole", "horizon", "too_far")
 
@@ -84,7 +84,7 @@ class Piece:
 
     @property
     def name(self) -> str:
-        return f"{self.source}-seed{self.seed}-{self.part}".replace(", ", "-").replace(" ", "-")
+        return file_name(self.source, f"seed{self.seed}", self.part)
 
 
 def pieces_of(study: Study) -> Iterator[Piece]:

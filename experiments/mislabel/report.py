@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from experiments.mislabel.config import EARLY, NORMALISED, Piece, Study, pieces_of
-from experiments.pieces import seconds
+from experiments.mislabel.config import EARLY, Piece, Study, pieces_of
+from experiments.pieces import load, seconds
 from experiments.results import Array, Row, auroc, figure, short, shown, spread, table, versions
+from experiments.values import NORMALISED
 
 IN_RUN = ("path", "first", "second", "path, credit")
 ORDER = (
@@ -52,15 +53,7 @@ def values_of(study: Study, paths: Mapping[Piece, Path], source: str, seed: int)
 
 def summarise(study: Study, paths: Mapping[Piece, Path]) -> Row:
     """What result.json holds."""
-    loaded: dict[Piece, dict[str, Array]] = {}
-    for piece, path in paths.items():
-        with np.load(path) as arrays:
-            loaded[piece] = dict(arrays)
-    for source in study.sources:
-        for seed in study.seeds:
-            ends = {str(of["weights"]) for piece, of in loaded.items()
-                    if (piece.source, piece.seed) == (source, seed) and "weights" in of}  # fmt: skip
-            assert len(ends) == 1, f"{source}, seed {seed}: the weights depend on how the values are computed"
+    loaded = load(paths, lambda piece: (piece.source, piece.seed))
     libraries = () if study.sources == ("blobs",) else ("dattri", "traker", "pydvl", "scikit-learn")
     return {
         "about": "auroc: of wrong labels by the lowest values, [mean, lowest, highest] over the seeds; by_epoch: of "

@@ -15,8 +15,10 @@ from torch.nn import functional as F
 
 from experiments import baselines
 from experiments.baselines import Weights
-from experiments.mislabel.config import NORMALISED, Piece, Study
-from experiments.mislabel.training import Data, Run, data_of, hash_of, run_of, valued
+from experiments.mislabel.config import Piece, Study
+from experiments.mislabel.training import Data, Run, data_of, run_of, valued
+from experiments.pieces import hash_of
+from experiments.values import NORMALISED
 
 
 def one_of(model: nn.Module) -> Callable[..., Tensor]:
@@ -65,7 +67,7 @@ def passes(study: Study, piece: Piece) -> dict[str, Any]:
         "cosine": baselines.products(last, one, train, [data.target], cosine=True)[0],
         "random": np.random.default_rng([piece.seed, 1]).normal(size=study.examples),
         "right first": np.random.default_rng([piece.seed, 2]).uniform(size=study.examples) - data.wrong.numpy(),
-        "weights": np.array(hash_of(model)),
+        "weights": hash_of(model),
     }  # fmt: skip
     if piece.source != "blobs":  # libraries that only the studies need
         found["influence"] = baselines.influence(

@@ -3,7 +3,6 @@
 Tensors carry their shape in their name: N training images, B of a batch.
 """
 
-import hashlib
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,9 +17,11 @@ from torch.nn import functional as F
 from torch.optim import Adam
 
 from benchmarks.resnet import ResNet18
-from experiments.mislabel.config import IN_RUN, NORMALISED, Piece, Study
+from experiments.mislabel.config import IN_RUN, Piece, Study
+from experiments.pieces import hash_of
 from experiments.results import Array
 from experiments.sources import IMAGES, Images
+from experiments.values import NORMALISED, by_epoch, totals
 from inrun import Attributor, Ledger, replay
 
 Batch = tuple[Tensor, Tensor]  # images [B, 1, 28, 28] and classes [B]
@@ -126,10 +127,6 @@ def evaluated(model: nn.Module, batch: Batch) -> tuple[float, float]:
     return float(F.cross_entropy(logits, batch[1])), float((logits.argmax(1) == batch[1]).float().mean())
 
 
-def hash_of(model: nn.Module) -> str:
-    return hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in model.parameters())).hexdigest()
-
-
 def valued(study: Study, piece: Piece) -> dict[str, Any]:
     """A run with an Attributor, as in a user's loop; for `path` also its replay with a horizon.
 
@@ -143,14 +140,15 @@ def valued(study: Study, piece: Piece) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         model = train_valued(run, folder, IN_RUN[scheme])
+        sizes = (study.examples, study.epochs, study.steps)
         for normalised in (False, True):
-            found[scheme + NORMALISED * normalised] = by_epoch(study, Ledger(folder), normalised)
+            found[scheme + NORMALISED * normalised] = by_epoch(Ledger(folder), TARGET, *sizes, normalised)
         if scheme == "path":
             found[f"replay-h{study.horizon}"], _ = replayed(run, folder, study.horizon)
     ends = {part: np.array(evaluated(model, batch)) for part, batch in
             (("target", run.data.target), ("test", run.data.tested), ("train", (run.data.x, run.data.y)))}  # fmt: skip
     drop = np.array(before - ends["target"][0])
-    return found | ends | {"wrong": run.data.wrong.numpy(), "drop": drop, "weights": np.array(hash_of(model))}
+    return found | ends | {"wrong": run.data.wrong.numpy(), "drop": drop, "weights": hash_of(model)}
 
 
 def train_valued(run: Run, folder: Path, settings: Mapping[str, Any]) -> nn.Module:
@@ -176,7 +174,7 @@ def replayed(run: Run, folder: Path, horizon: int | None) -> tuple[Array, float]
         progress=lambda done, steps, now: None,
     )  # fmt: skip
     norms = ledger.steps().sort("step")["adjoint"].to_numpy()
-    return by_epoch(run.study, ledger, False).sum(axis=0), float(norms.max() / norms[-1])
+    return totals(ledger, run.study.examples), float(norms.max() / norms[-1])
 
 
 def too_far(study: Study, piece: Piece) -> dict[str, Any]:
@@ -192,18 +190,6 @@ def too_far(study: Study, piece: Piece) -> dict[str, Any]:
             found["replay" if horizon is None else f"replay-h{horizon}"] = values
             growth.append(grown)
     return found | {"growth": np.array(growth)}
-
-
-def by_epoch(study: Study, ledger: Ledger, normalised: bool) -> Array:
-    """The sums of every image's values by epoch: [epochs, N]."""
-    rows = ledger.scan().collect()
-    places, values, steps = (rows[name].to_numpy() for name in ("id", "value", "step"))
-    steps = steps - steps.min()
-    if normalised:
-        values = values / np.bincount(steps, np.abs(values))[steps]
-    cells = steps * study.epochs // study.steps * study.examples + places
-    sums = np.bincount(cells, values, minlength=study.epochs * study.examples)
-    return sums.reshape(study.epochs, study.examples).astype(np.float64)
 
 
 def selected(study: Study, piece: Piece, values: Array | None) -> dict[str, Any]:

@@ -3,13 +3,13 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from experiments.pieces import file_name
 from experiments.study import fingerprint
 
 VERBATIM, FAR, NEXT, OTHER = "kjv", "far, bbe", "next, bbe", "other, bbe"
 RUNGS = (VERBATIM, "asv", "web", "ylt", "bbe", FAR, NEXT, OTHER)
 IN_RUN = ("path", "first")
 UNTRAINED = "without training"
-NORMALISED = ", by step"  # every step's values are divided by the sum of their absolute values
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class Piece:
 
     @property
     def name(self) -> str:
-        return f"{self.model.name}-seed{self.seed}-{self.part}".replace(" ", "-")
+        return file_name(self.model.name, f"seed{self.seed}", self.part)
 
 
 def pieces_of(study: Study) -> Iterator[Piece]:

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments.paraphrase.config import FAR, IN_RUN, NEXT, NORMALISED, OTHER, RUNGS, UNTRAINED, Piece, Study, Trained
+from experiments.paraphrase.config import FAR, IN_RUN, NEXT, OTHER, RUNGS, UNTRAINED, Piece, Study, Trained
 from experiments.paraphrase.texts import Texts, jaccard, shared, texts_of
-from experiments.pieces import seconds
+from experiments.pieces import load, seconds
 from experiments.results import Array, Row, figure, short, shown, spread, table, versions
+from experiments.values import NORMALISED
 
 RANDOM = "random"
 METHODS = (
@@ -56,14 +57,9 @@ def summarise(study: Study, paths: Mapping[Piece, Path]) -> Row:
 
 def _scores(paths: Mapping[Piece, Path], model: Trained, seed: int) -> tuple[dict[str, Array], dict[str, Array]]:
     """Every method's scores [T, N], and the rest of what was found."""
-    runs: list[dict[str, Array]] = []
-    for part in (*IN_RUN, UNTRAINED):
-        if (piece := Piece(model, seed, part)) in paths:
-            with np.load(paths[piece]) as arrays:
-                runs.append(dict(arrays))
-    ends = {str(run["weights"]) for run in runs if "weights" in run}
-    assert len(ends) == 1, f"{model.name}, seed {seed}: the schemes trained differently"
-    found = {name: of for run in reversed(runs) for name, of in run.items()}
+    pieces = [piece for part in (*IN_RUN, UNTRAINED) if (piece := Piece(model, seed, part)) in paths]
+    runs = load({piece: paths[piece] for piece in pieces}, lambda piece: (model.name, seed))
+    found = {name: of for run in reversed(runs.values()) for name, of in run.items()}
     return {name: found[name] for name in METHODS if name in found}, found
 
 

@@ -25,10 +25,7 @@ def work(study: Study, text: Path, piece: Piece) -> Mapping[str, Any]:
 
 def compute(study: Study, folder: Path, workers: int, console: Console) -> dict[Piece, Path]:
     """Bring every piece into the store."""
-    text = folder / "text.json"
-    if not text.exists():
-        console.print("reading the text", highlight=False)
-        texts.write(study, text)
+    text = pieces.text_in(folder / "text.json", partial(texts.write, study), console)
     return pieces.compute(partial(work, study, text), pieces_of(study), folder, workers, console)
 
 

@@ -3,7 +3,6 @@
 Tensors carry their shape in their name: N training examples, T targets, B of a batch, L tokens, D of a hidden state.
 """
 
-import hashlib
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,9 +16,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from experiments.facts.training import pretrained
-from experiments.paraphrase.config import NORMALISED, Piece, Study, Trained
+from experiments.paraphrase.config import Piece, Study, Trained
 from experiments.paraphrase.texts import Texts, texts_of
+from experiments.pieces import hash_of
 from experiments.results import Array
+from experiments.values import NORMALISED
 from inrun import Attributor, Ledger
 
 Batch = dict[str, Tensor]  # inputs [B, L], or [B, L, D] of the lower blocks, and labels [B, L]
@@ -157,9 +158,8 @@ def valued(study: Study, text: Path, piece: Piece) -> dict[str, Any]:
         values = Ledger(folder).scan().collect()
     run.model.eval()
     ends.append(evaluated(run.model, run.targets))
-    weights = b"".join(p.detach().numpy().tobytes() for p in parameters)
     found = by_target(values, len(run.targets), trained.examples, piece.part) | {
-        "loss": np.array(ends), "weights": np.array(hashlib.sha256(weights).hexdigest()),
+        "loss": np.array(ends), "weights": hash_of(run.model),
         "own": np.array(own),
     }  # fmt: skip
     return found if piece.part != "path" else found | at_the_end(study, run)

@@ -1,6 +1,5 @@
 """From finished runs to result.json, the tables of README.md and figure.svg."""
 
-import importlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
@@ -10,8 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from experiments.pieces import load
 from experiments.refresh.training import MIXED, OTHER, Piece, Study
-from experiments.results import NAMES, Array, Row, short, table, versions
+from experiments.results import NAMES, Array, Row, figure, short, table, versions
 from inrun.game import spearman
 
 Run = Mapping[str, Array]
@@ -20,11 +20,7 @@ TOP = 0.1  # of the examples
 
 def summarise(study: Study, paths: Mapping[Piece, Path]) -> Row:
     """What result.json holds: medians over the seeds with their ranges, of runs held against one another."""
-    runs: dict[Piece, Run] = {}
-    for piece, path in paths.items():
-        with np.load(path) as arrays:
-            runs[piece] = dict(arrays)
-    _check_same_training(runs)
+    runs = load(paths, lambda piece: (piece.optimizer, piece.rate, piece.seed))
     return {
         "about": "[median, lowest, highest] over the seeds. error: norm of the difference over norm of the truth, "
         "spearman: rank correlation; step_: medians over steps, example_ and source_: of totals over the run, top: "
@@ -38,15 +34,6 @@ def summarise(study: Study, paths: Mapping[Piece, Path]) -> Row:
         "rotation": list(_rotation(study, runs)),
         "both": list(_both(study, runs)),
     }
-
-
-def _check_same_training(runs: Mapping[Piece, Run]) -> None:
-    """All values of an optimizer, rate and seed are of the same weights."""
-    ends: dict[tuple[str, float, int], set[str]] = {}
-    for piece, run in runs.items():
-        ends.setdefault((piece.optimizer, piece.rate, piece.seed), set()).add(str(run["weights"]))
-    for run_of, weights in ends.items():
-        assert len(weights) == 1, f"{run_of}: the weights depend on how the values are computed"
 
 
 def interval(values: Sequence[float]) -> list[float]:
@@ -270,18 +257,14 @@ def _both_table(result: Row) -> str:
 
 def draw(result: Row, path: Path) -> None:
     """Above: a step's error by the gradient's age, totals by `refresh`. Below: rotation, of a step and of totals."""
-    importlib.import_module("matplotlib").use("svg")  # not installed but for the studies
-    plt: Any = importlib.import_module("matplotlib.pyplot")
-    options = {"svg.hashsalt": "refresh", "svg.fonttype": "none", "font.size": 8, "legend.frameon": False}
     study = result["study"]
-    with plt.rc_context(options | {"axes.spines.top": False, "axes.spines.right": False}):
-        figure, ((ages, refresh), (step, totals)) = plt.subplots(2, 2, figsize=(8.4, 7.0), layout="constrained")
+    with figure(path, 2, 2, (8.4, 7.0)) as ((ages, refresh), (step, totals)):
         for k, (optimizer, rate) in enumerate(study["rates"]):
-            for panel, table, x, y in (
+            for panel, name, x, y in (
                 (ages, "ages", "age", "error"),
                 (refresh, "refresh", "refresh", "example_spearman"),
             ):
-                rows = [row for row in result[table] if (row["optimizer"], row["rate"]) == (optimizer, rate)]
+                rows = [row for row in result[name] if (row["optimizer"], row["rate"]) == (optimizer, rate)]
                 _line(panel, [r[x] for r in rows], [r[y] for r in rows], f"C{k}", f"{NAMES[optimizer]}, {rate:g}")
         for panel, name in ((step, "step"), (totals, "example")):
             _draw_rotation(panel, result, name)
@@ -304,8 +287,6 @@ def draw(result: Row, path: Path) -> None:
             panel.grid(alpha=0.3, lw=0.5)
             panel.yaxis.set_major_formatter("{x:g}")
             panel.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2)
-        figure.savefig(path, metadata={"Date": None})
-        plt.close(figure)
 
 
 def _draw_rotation(panel: Any, result: Row, name: str) -> None:

@@ -1,6 +1,5 @@
 """What the study trains: its settings, real text with its sources, and a run whose every value is kept."""
 
-import hashlib
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,8 +11,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from experiments.fidelity.training import GPT, loss, optimizers_of
-from experiments.fidelity.training import Study as Model
+from experiments.fidelity.training import optimizers_of
+from experiments.language import loss, model_of
+from experiments.pieces import hash_of
 from experiments.study import fingerprint
 from inrun import Attributor, Ledger
 
@@ -195,9 +195,7 @@ def train(study: Study, text: Path, piece: Piece) -> dict[str, Any]:
         first and last gradient; `weights`: a hash of those that the run ends with; and for every target NAME
         `values-NAME` [steps, B] in nats and `taken-NAME` [steps], how many gradients of it the step took.
     """
-    torch.manual_seed(piece.seed)
-    settings = {name: getattr(study, name) for name in ("vocabulary", "length", "width", "layers", "heads")}
-    model = GPT(Model(**settings))
+    model = model_of(study, piece.seed)
     (optimizer,) = optimizers_of(piece.optimizer, model, piece.rate)
     data = Data(study, text, piece.seed)
     targets = targets_of(study, piece, data)
@@ -224,5 +222,4 @@ def train(study: Study, text: Path, piece: Piece) -> dict[str, Any]:
         taken = rows.filter(rows["target"] == name)["target_gradients"]
         found |= {f"values-{name}": np.array(listed), f"taken-{name}": taken.to_numpy()}
     losses = rows.filter(rows["target"] == study.whole(MIXED))["loss"].to_numpy()
-    weights = b"".join(p.detach().numpy().tobytes() for p in model.parameters())
-    return found | {"loss": losses[[0, -1]], "weights": np.array(hashlib.sha256(weights).hexdigest())}
+    return found | {"loss": losses[[0, -1]], "weights": hash_of(model)}

@@ -1,6 +1,5 @@
 """From finished pieces to result.json, the tables of README.md and figure.svg."""
 
-import importlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -8,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from experiments.pieces import seconds
+from experiments.pieces import load, seconds
 from experiments.replay.training import Piece, Study
-from experiments.results import NAMES, Array, Row, auroc, correlation, lds, short, spread, table, versions
+from experiments.results import NAMES, Array, Row, auroc, correlation, figure, lds, short, spread, table, versions
 
 Pieces = Mapping[Piece, Mapping[str, Array]]
 SHOWN = ("replay", "path")  # in the figure, beside the truth
@@ -19,10 +18,7 @@ GAMES = ("weightless", "removed")
 
 def summarise(study: Study, paths: Mapping[Piece, Path]) -> Row:
     """What result.json holds."""
-    pieces: dict[Piece, Mapping[str, Array]] = {}
-    for piece, path in paths.items():
-        with np.load(path) as arrays:
-            pieces[piece] = dict(arrays)
+    pieces = load(paths)
     values = [piece for piece in pieces if piece.part == "values" and piece.seed == study.seeds[0]]
     whole = [piece for piece in values if piece.whole(study)]
     return {
@@ -211,12 +207,8 @@ def _sizes_table(result: Row) -> str:
 
 def draw(result: Row, path: Path) -> None:
     """Real losses against predictions, LDS by method, and first order by size."""
-    importlib.import_module("matplotlib").use("svg")  # not installed but for the studies
-    plt: Any = importlib.import_module("matplotlib.pyplot")
-    options = {"svg.hashsalt": "replay", "svg.fonttype": "none", "font.size": 8, "legend.frameon": False}
     kept = max(result["study"]["kept"])
-    with plt.rc_context(options | {"axes.spines.top": False, "axes.spines.right": False}):
-        figure, (scatter, bars, sizes) = plt.subplots(1, 3, figsize=(12.0, 4.2), layout="constrained")
+    with figure(path, 1, 3, (12.0, 4.2)) as ((scatter, bars, sizes),):
         one = result["subsets"][0]
         for k, name in enumerate(SHOWN):
             scatter.plot(one[name], one["real"], ".", ms=4, color=f"C{k}", alpha=0.7, label=name)
@@ -245,5 +237,3 @@ def draw(result: Row, path: Path) -> None:
         sizes.set(xscale="log", xlabel="part of their weight that a tenth lose", ylabel="Spearman, prediction and real")
         for panel in (scatter, bars, sizes):
             panel.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2)
-        figure.savefig(path, metadata={"Date": None})
-        plt.close(figure)

@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from experiments.replay.training import VALUED, Piece, Run, Study, replayed, totals, train_valued, values_of
+from experiments.replay.training import VALUED, Piece, Run, Study, replayed, train_valued, values_of
 from experiments.retraining import check, loss_alone, losses_at_end, random_subsets
+from experiments.values import totals
 
 
 def work(study: Study, piece: Piece) -> dict[str, Any]:
@@ -62,7 +63,7 @@ def by_size(study: Study, piece: Piece) -> dict[str, Any]:
     model, optimizer = run.make()
     with tempfile.TemporaryDirectory() as folder:
         train_valued(run, Path(folder), VALUED["path"])
-        values = totals(study, replayed(run, Path(folder), model, optimizer))
+        values = totals(replayed(run, Path(folder), model, optimizer), study.examples)
     out = ~random_subsets(study.sized, study.examples, 0.9, piece.seed)
     whole = loss_alone(run, torch.ones(study.examples), removed=False)
     real = [losses_at_end(run, 1 - size * out.double(), removed=False).numpy() - whole for size in study.sizes]

@@ -3,7 +3,6 @@
 Tensors carry their shape in their name: N training examples, B of a batch, D features.
 """
 
-import hashlib
 import importlib
 import math
 import tempfile
@@ -21,7 +20,9 @@ from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
 from torch.optim import Optimizer
 
+from experiments.pieces import hash_of
 from experiments.study import fingerprint
+from experiments.values import totals
 from inrun import Attributor, Ledger, replay
 
 Batch = tuple[Tensor, ...]  # features [B, D] and labels [B]
@@ -222,15 +223,15 @@ def values_of(study: Study, piece: Piece) -> dict[str, Any]:
         for method, settings in VALUED.items():
             if method in methods:
                 ends.add(train_valued(run, Path(folder) / method, settings))
-                found[method] = totals(study, Ledger(Path(folder) / method))
+                found[method] = totals(Ledger(Path(folder) / method), study.examples)
         for name, horizon in (("replay", None), *((f"replay-h{h}", h) for h in study.horizons)):
             if name in methods:
                 values = replayed(run, Path(folder) / "path", model, optimizer, horizon)
-                found[name] = totals(study, values)
+                found[name] = totals(values, study.examples)
             if horizon is None:
-                found[CENTRED] = totals(study, values, centred=True)
+                found[CENTRED] = totals(values, study.examples, centred=True)
                 found["adjoint"] = values.steps().sort("step")["adjoint"].to_numpy()
-    ends.add(weights_of(model))
+    ends.add(str(hash_of(model)))
     if piece.whole(study):
         found |= _proxies(run)
         ends.add(found.pop("end"))
@@ -261,16 +262,7 @@ def train_valued(run: Run, ledger: Path, settings: Mapping[str, Any]) -> str:
                 loss(model, batch).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             optimizer.zero_grad()
-    return weights_of(model)
-
-
-def totals(study: Study, ledger: Ledger, centred: bool = False) -> NDArray[np.float64]:
-    """The sum of every example's values; centred: of their distances from the mean of their step's batch."""
-    rows = ledger.scan().collect()
-    places, values, steps = (rows[name].to_numpy() for name in ("id", "value", "step"))
-    if centred:
-        values = values - (np.bincount(steps, values) / np.maximum(np.bincount(steps), 1))[steps]
-    return np.asarray(np.bincount(places, values, minlength=study.examples), dtype=np.float64)
+    return str(hash_of(model))
 
 
 def _proxies(run: Run) -> dict[str, Any]:
@@ -288,7 +280,7 @@ def _proxies(run: Run) -> dict[str, Any]:
         optimizer.step()
         optimizer.zero_grad()
     last = _products(model, (run.data.x, run.data.y), run.data.target)
-    return {"sgd-proxy": proxy.numpy(), "last checkpoint": last.numpy(), "end": weights_of(model)}
+    return {"sgd-proxy": proxy.numpy(), "last checkpoint": last.numpy(), "end": str(hash_of(model))}
 
 
 def _products(model: nn.Module, batch: Batch, target: Batch) -> Tensor:
@@ -302,8 +294,3 @@ def _products(model: nn.Module, batch: Batch, target: Batch) -> Tensor:
     each = vmap(grad(one), in_dims=(None, 0, 0))(weights, *batch)
     parts = [each[name].flatten(1).double() @ of_target[name].flatten().double() for name in weights]
     return torch.stack(parts).sum(dim=0)
-
-
-def weights_of(model: nn.Module) -> str:
-    """A hash."""
-    return hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in model.parameters())).hexdigest()

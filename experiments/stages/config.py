@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from experiments.pieces import file_name
 from experiments.study import fingerprint
 
 SCHEMES: dict[str, dict[str, Any]] = {"path, credit": {"momentum": "credit"}, "path": {}, "first": {"scheme": "first"}}
@@ -76,7 +77,7 @@ class Piece:
 
     @property
     def name(self) -> str:
-        return f"{self.mixture}-seed{self.seed}-{self.part}".replace(", ", "-").replace(" ", "-")
+        return file_name(self.mixture, f"seed{self.seed}", self.part)
 
 
 LEFT_OUT = "left out"

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.pieces import seconds
+from experiments.pieces import load, seconds
 from experiments.results import Array, Row, correlation, figure, short, shown, spread, table, versions
 from experiments.stages.config import ANY, LEFT_OUT, PROXY, Piece, Study
 
@@ -18,16 +18,7 @@ QUARTERS = 4  # of the first stage
 
 def summarise(study: Study, paths: Mapping[Piece, Path]) -> Row:
     """What result.json holds."""
-    loaded: dict[Piece, Mapping[str, Array]] = {}
-    for piece, path in paths.items():
-        with np.load(path) as arrays:
-            loaded[piece] = dict(arrays)
-    for mixture, _ in study.mixtures:
-        for seed in study.seeds:
-            ends = {
-                str(of["weights"]) for piece, of in loaded.items() if (piece.mixture, piece.seed) == (mixture, seed)
-            }
-            assert len(ends) == 1, f"{mixture}, seed {seed}: the weights depend on how the values are computed"
+    loaded = load(paths, lambda piece: (piece.mixture, piece.seed))
     return {
         "about": "nats: the sum of a source's values in a stage; share: the mean over the stage's steps of its sum "
         "over the sum of all absolute values; negative: share of the source's blocks; all [mean, lowest, highest] "

@@ -19,10 +19,7 @@ from experiments.study import carry_out
 
 def compute(study: Study, folder: Path, workers: int, console: Console) -> dict[Piece, Path]:
     """Bring every piece into the store."""
-    text = folder / "text.npz"
-    if not text.exists():
-        console.print("reading and tokenizing the text", highlight=False)
-        write_text(study, text)
+    text = pieces.text_in(folder / "text.npz", partial(write_text, study), console)
     return pieces.compute(partial(work, study, text), pieces_of(study), folder, workers, console)
 
 

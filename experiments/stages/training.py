@@ -17,8 +17,8 @@ from torch.func import functional_call
 
 from experiments import baselines
 from experiments.baselines import Weights
-from experiments.fidelity.training import example_losses, loss
-from experiments.language import hash_of, mean_loss_of, model_of, optimizer_of, set_rate, train_step
+from experiments.language import example_losses, loss, mean_loss_of, model_of, optimizer_of, set_rate, train_step
+from experiments.pieces import hash_of
 from experiments.results import Array
 from experiments.sources import documents
 from experiments.stages.config import LEFT_OUT, PROXY, SCHEMES, Piece, Study
@@ -139,7 +139,7 @@ def valued(study: Study, text: Path, piece: Piece) -> dict[str, Any]:
     return {
         "values": np.array(values).reshape(len(study.targets), study.steps, study.batch),
         "source": data.source.reshape(study.steps, study.batch), "loss": np.array(losses).T,
-        "weights": np.array(hash_of(model)),
+        "weights": hash_of(model),
     }  # fmt: skip
 
 
@@ -160,7 +160,7 @@ def proxies(study: Study, text: Path, piece: Piece) -> dict[str, Any]:
         values[:, step] = rate / study.batch * found
         train_step(model, optimizer, blocks)
     source = data.source.reshape(study.steps, study.batch)
-    return {"values": values, "source": source, "weights": np.array(hash_of(model))}
+    return {"values": values, "source": source, "weights": hash_of(model)}
 
 
 def without_sources(study: Study, text: Path, piece: Piece) -> dict[str, Any]:
@@ -194,7 +194,7 @@ def without_sources(study: Study, text: Path, piece: Piece) -> dict[str, Any]:
         worse[window] -= [mean_loss_of(model, of) for of in data.targets.values()]
     near = [[bigram_loss(study, data.blocks[torch.from_numpy(data.source == k)], of) for of in data.targets.values()]
             for k in range(len(mixture))]  # fmt: skip
-    return {"worse": worse, "nearness": np.array(near), "weights": np.array(hash_of(model))}
+    return {"worse": worse, "nearness": np.array(near), "weights": hash_of(model)}
 
 
 def bigram_loss(study: Study, train_NT: Tensor, held_out_NT: Tensor) -> float:

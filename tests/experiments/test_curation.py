@@ -1,28 +1,22 @@
 """The study of curation, at its smallest, from text to result."""
 
-import json
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
 from experiments.curation import choice, mixture, report, run, training
 from experiments.curation.config import ALL, NEGATIVES, QUICK, SHARE, Piece
+from experiments.results import table_rows
+from tests.experiments.quick import carried_out, gone_on
 
 KEYS = ("rule", "by")
 
 
 def test_quick(tmp_path: Path) -> None:
-    figure = find_spec("matplotlib") is not None
-    arguments = ["--quick", "--workers", "1", "--store", str(tmp_path / "store"), "--out", str(tmp_path / "out")]
-    arguments += [] if figure else ["--no-figure"]
-    run.main(arguments)
-    written = (tmp_path / "out" / "result.json").read_text("utf-8")
-    result = json.loads(written)
-    found = {tuple(row[key] for key in KEYS): row for row in _rows(result["trainings"])}
+    result, page = carried_out(run, tmp_path)
+    found = {tuple(row[key] for key in KEYS): row for row in table_rows(result["trainings"])}
     assert list(found) == [("", ALL), ("", f"{ALL} again"), *QUICK.curations]
     assert found["", ALL]["dropped"] == found["", ALL]["difference"] == found["", ALL]["saved"] == [0, 0, 0]
     assert found["", f"{ALL} again"]["difference"][0] != 0
@@ -32,23 +26,16 @@ def test_quick(tmp_path: Path) -> None:
     assert oracle["difference"][0] < found[SHARE, "random"]["difference"][0]
     assert oracle["saved"][0] > 0.2
     shares = {row["dropped"][0] for (rule, by), row in found.items() if rule == SHARE or by == "path"}
-    negative = {row["by"]: row for row in _rows(result["negative"])}
+    negative = {row["by"]: row for row in table_rows(result["negative"])}
     assert shares == {negative["path"]["all"][0]}
-    gone = {tuple(row[key] for key in KEYS): row for row in _rows(result["dropped"])}
+    gone = {tuple(row[key] for key in KEYS): row for row in table_rows(result["dropped"])}
     kinds = ("wanted", "other", "rubbish", *QUICK.kinds)
     assert all(gone[NEGATIVES, "path"][kind] == negative["path"][kind] for kind in kinds)
-    auroc = {row["by"]: row["rubbish"][0] for row in _rows(result["auroc"])}
+    auroc = {row["by"]: row["rubbish"][0] for row in table_rows(result["auroc"])}
     assert min(auroc[by] for by in ("path, at once", "path, by step", "replay")) > 0.6
-    assert f"| {SHARE} | replay |" in (tmp_path / "out" / "README.md").read_text("utf-8")
-    assert (tmp_path / "out" / "figure.svg").exists() == figure
+    assert f"| {SHARE} | replay |" in page
 
-    pieces = {path: path.stat().st_mtime_ns for path in tmp_path.glob("store/*/*.npz")}
-    (lost,) = tmp_path.glob("store/*/seed0-share-replay.npz")
-    lost.unlink()
-    run.main(arguments)
-    again = {path: path.stat().st_mtime_ns for path in tmp_path.glob("store/*/*.npz")}
-    assert [path for path in pieces if pieces[path] != again[path]] == [lost]
-    repeated = json.loads((tmp_path / "out" / "result.json").read_text("utf-8"))
+    repeated = gone_on(run, tmp_path, "seed0-share-replay.npz")
     assert all(result[name] == repeated[name] for name in result if name != "seconds")
 
 
@@ -122,7 +109,3 @@ def test_saved_steps() -> None:
     assert report.saved(plain, plain) == 0
     assert report.saved(np.array([6.0, 4.0, 2.0, 1.0]), plain) == pytest.approx(0.5)
     assert report.saved(np.array([6.0, 5.5, 5.0, 4.5]), plain) == pytest.approx(-0.5)
-
-
-def _rows(table: dict[str, list[Any]]) -> list[dict[str, Any]]:
-    return [dict(zip(table["columns"], row, strict=True)) for row in table["rows"]]

@@ -1,7 +1,5 @@
 """The study of planted facts, at its smallest, from text to result."""
 
-import json
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +9,13 @@ import pytest
 from experiments.facts import report, run, training
 from experiments.facts.planted import FACTS
 from experiments.results import table_rows
+from tests.experiments.quick import carried_out, gone_on
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft's
 
 
 def test_quick(tmp_path: Path) -> None:
-    figure = find_spec("matplotlib") is not None
-    arguments = ["--quick", "--workers", "1", "--store", str(tmp_path / "store"), "--out", str(tmp_path / "out")]
-    arguments += [] if figure else ["--no-figure"]
-    run.main(arguments)
-    written = (tmp_path / "out" / "result.json").read_text("utf-8")
-    result = json.loads(written)
+    result, page = carried_out(run, tmp_path)
     ranks, books = table_rows(result["ranks"]), table_rows(result["books"])
     assert len(ranks) == 5 * 2 * 5  # methods, facts, and a fact's planted examples and lures
     assert all(1 <= row["rank"] <= training.QUICK.examples for row in ranks)
@@ -35,15 +29,10 @@ def test_quick(tmp_path: Path) -> None:
     left_out = {(row["fact"], row["without"]): row["lost"] for row in table_rows(result["again"])}
     assert len(left_out) == 2 * 2
     assert all(nats != 0 for nats in left_out.values())
-    assert "| path | " in (tmp_path / "out" / "README.md").read_text("utf-8")
-    assert (tmp_path / "out" / "figure.svg").exists() == figure
+    assert "| path | " in page
 
-    pieces = {path: path.stat().st_mtime_ns for path in tmp_path.glob("store/*/*.npz")}
-    (lost,) = tmp_path.glob("store/*/first-seed0.npz")
-    lost.unlink()
-    run.main(arguments)
-    again = {path: path.stat().st_mtime_ns for path in tmp_path.glob("store/*/*.npz")}
-    assert [path for path in pieces if pieces[path] != again[path]] == [lost]
+    written = (tmp_path / "out" / "result.json").read_text("utf-8")
+    gone_on(run, tmp_path, "first-seed0.npz")
     assert (tmp_path / "out" / "result.json").read_text("utf-8") == written
 
 

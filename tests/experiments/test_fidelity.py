@@ -1,22 +1,16 @@
 """The fidelity study, at its smallest, from text to result."""
 
-import json
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 from experiments.fidelity import run, training
 from experiments.results import table_rows
+from tests.experiments.quick import carried_out, gone_on
 
 
 def test_quick(tmp_path: Path) -> None:
-    figure = find_spec("matplotlib") is not None
-    arguments = ["--quick", "--workers", "1", "--store", str(tmp_path / "store"), "--out", str(tmp_path / "out")]
-    arguments += [] if figure else ["--no-figure"]
-    run.main(arguments)
-    written = (tmp_path / "out" / "result.json").read_text("utf-8")
-    result = json.loads(written)
+    result, page = carried_out(run, tmp_path)
     error = {(c["optimizer"], c["step"], c["scheme"]): c["relative"][0] for c in table_rows(result["schemes"])}
     for optimizer in ("sgd", "adamw"):  # large steps
         assert error[optimizer, "12", "path 4"] < 0.1
@@ -28,16 +22,9 @@ def test_quick(tmp_path: Path) -> None:
         accounts = sum(book[name] for name in ("value", "momentum", "decay", "unexplained"))
         assert accounts == pytest.approx(book["drop"], abs=1e-3)
         assert abs(book["unexplained"]) < 0.05 * book["drop"]
-    assert "| AdamW | 0.02 |" in (tmp_path / "out" / "README.md").read_text("utf-8")
-    assert (tmp_path / "out" / "figure.svg").exists() == figure
+    assert "| AdamW | 0.02 |" in page
 
-    pieces = {path: path.stat().st_mtime_ns for path in tmp_path.glob("store/*/*.json")}
-    (lost,) = tmp_path.glob("store/*/game-sgd-0.5-seed0-step12.json")
-    lost.unlink()
-    run.main(arguments)
-    again = {path: path.stat().st_mtime_ns for path in tmp_path.glob("store/*/*.json")}
-    assert [path for path in pieces if pieces[path] != again[path]] == [lost]
-    repeated = json.loads((tmp_path / "out" / "result.json").read_text("utf-8"))
+    repeated = gone_on(run, tmp_path, "game-sgd-0.5-seed0-step12.json")
     for one, other in zip(table_rows(result["schemes"]), table_rows(repeated["schemes"]), strict=True):
         assert one | {"time": 0} == other | {"time": 0}
     assert all(result[name] == repeated[name] for name in result if name != "schemes")

@@ -1,8 +1,6 @@
 """The study of wrong labels, at its smallest, from images to result."""
 
-import json
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,22 +11,18 @@ from torch.nn import functional as F
 from experiments.mislabel import rivals, run, training
 from experiments.mislabel.config import QUICK, Piece, Study
 from experiments.results import table_rows
+from tests.experiments.quick import carried_out
 
 
 def test_quick(tmp_path: Path) -> None:
-    figure = find_spec("matplotlib") is not None
-    arguments = ["--quick", "--workers", "1", "--store", str(tmp_path / "store"), "--out", str(tmp_path / "out")]
-    arguments += [] if figure else ["--no-figure"]
-    run.main(arguments)
-    result = json.loads((tmp_path / "out" / "result.json").read_text("utf-8"))
+    result, page = carried_out(run, tmp_path)
     methods = {row["method"]: row["auroc"][0] for row in table_rows(result["methods"])}
     assert {"path", "path, by step", "second", "path, credit", "sgd-proxy", "TracIn", "EL2N"} < set(methods)
     (only,) = table_rows(result["runs"])
     assert 0.7 < only["sum_of_values"][0] / only["drop"][0] < 1.3  # the values are those of what training did
     selection = {(row["method"], row["kept"]): row for row in table_rows(result["selection"])}
     assert selection["all images", 1.0]["wrong"][0] == round(QUICK.wrong * QUICK.examples)
-    assert "| sgd-proxy | " in (tmp_path / "out" / "README.md").read_text("utf-8")
-    assert (tmp_path / "out" / "figure.svg").exists() == figure
+    assert "| sgd-proxy | " in page
 
 
 def test_the_proxy_is_first_order_under_sgd() -> None:

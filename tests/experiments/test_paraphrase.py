@@ -1,7 +1,5 @@
 """The study of rewordings, at its smallest, from text to result."""
 
-import json
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -11,16 +9,13 @@ import torch
 from experiments.paraphrase import report, run, texts, training
 from experiments.paraphrase.config import FAR, NEXT, OTHER, QUICK, RUNGS, Study
 from experiments.results import table_rows
+from tests.experiments.quick import carried_out
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft's
 
 
 def test_quick(tmp_path: Path) -> None:
-    figure = find_spec("matplotlib") is not None
-    arguments = ["--quick", "--workers", "1", "--store", str(tmp_path / "store"), "--out", str(tmp_path / "out")]
-    arguments += [] if figure else ["--no-figure"]
-    run.main(arguments)
-    result = json.loads((tmp_path / "out" / "result.json").read_text("utf-8"))
+    result, page = carried_out(run, tmp_path)
     found = {(row["model"], row["rung"], row["method"], row["among"]): row for row in table_rows(result["found"])}
     for model in QUICK.models:
         for method in ("gradient", "cosine", "influence"):
@@ -30,8 +25,7 @@ def test_quick(tmp_path: Path) -> None:
     likeness = {row["rung"]: row["jaccard"] for row in table_rows(result["likeness"])}
     assert list(likeness) == list(RUNGS)
     assert 1 == likeness["kjv"] > likeness["asv"] > likeness["bbe"] > likeness[NEXT]
-    assert "| path, by step | 1 " in (tmp_path / "out" / "README.md").read_text("utf-8")
-    assert (tmp_path / "out" / "figure.svg").exists() == figure
+    assert "| path, by step | 1 " in page
 
 
 def test_originals_have_no_double_and_no_neighbour(tmp_path: Path) -> None:

@@ -1,7 +1,5 @@
 """The study of replay against training again, at its smallest, from data to result."""
 
-import json
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -12,14 +10,11 @@ from experiments.replay import run, training
 from experiments.results import auroc, spearmans, table_rows
 from experiments.retraining import loss_alone, losses_at_end
 from inrun.game import spearman
+from tests.experiments.quick import carried_out, gone_on
 
 
 def test_quick(tmp_path: Path) -> None:
-    figure = find_spec("matplotlib") is not None
-    arguments = ["--quick", "--workers", "1", "--store", str(tmp_path / "store"), "--out", str(tmp_path / "out")]
-    arguments += [] if figure else ["--no-figure"]
-    run.main(arguments)
-    result = json.loads((tmp_path / "out" / "result.json").read_text("utf-8"))
+    result, page = carried_out(run, tmp_path)
     methods = {(row["optimizer"], row["method"]): row for row in table_rows(result["methods"])}
     for optimizer in ("adamw", "momentum"):
         mine = {method: row for (of, method), row in methods.items() if of == optimizer}
@@ -30,16 +25,9 @@ def test_quick(tmp_path: Path) -> None:
         if row["size"] < 1e-4:  # there first order is all there is
             assert row["spearman"][0] == 1
             assert row["slope"][0] == pytest.approx(1, abs=1e-3)
-    assert "| AdamW | replay | " in (tmp_path / "out" / "README.md").read_text("utf-8")
-    assert (tmp_path / "out" / "figure.svg").exists() == figure
+    assert "| AdamW | replay | " in page
 
-    pieces = {path: path.stat().st_mtime_ns for path in tmp_path.glob("store/*/*.npz")}
-    (lost,) = tmp_path.glob("store/*/adamw-0.003-gelu-cosine-subsets-seed0.npz")
-    lost.unlink()
-    run.main(arguments)
-    again = {path: path.stat().st_mtime_ns for path in tmp_path.glob("store/*/*.npz")}
-    assert [path for path in pieces if pieces[path] != again[path]] == [lost]
-    repeated = json.loads((tmp_path / "out" / "result.json").read_text("utf-8"))
+    repeated = gone_on(run, tmp_path, "adamw-0.003-gelu-cosine-subsets-seed0.npz")
     assert result | {"seconds": 0} == repeated | {"seconds": 0}
 
 

@@ -1,8 +1,6 @@
 """The study of which source helps when, at its smallest, from text to result."""
 
-import json
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -13,14 +11,11 @@ from experiments.language import mean_loss_of, model_of, optimizer_of, set_rate,
 from experiments.results import table_rows
 from experiments.stages import run, training
 from experiments.stages.config import LEFT_OUT, QUICK, Piece
+from tests.experiments.quick import carried_out
 
 
 def test_quick(tmp_path: Path) -> None:
-    figure = find_spec("matplotlib") is not None
-    arguments = ["--quick", "--workers", "1", "--store", str(tmp_path / "store"), "--out", str(tmp_path / "out")]
-    arguments += [] if figure else ["--no-figure"]
-    run.main(arguments)
-    result = json.loads((tmp_path / "out" / "result.json").read_text("utf-8"))
+    result, page = carried_out(run, tmp_path)
     books = {row["scheme"]: row for row in table_rows(result["books"])}
     assert books["path, credit"]["sum_of_values"][0] == pytest.approx(books["path, credit"]["drop"][0], rel=0.1)
     stages = [row for row in table_rows(result["stages"]) if row["scheme"] == "path, credit"]
@@ -29,8 +24,7 @@ def test_quick(tmp_path: Path) -> None:
     windows = table_rows(result["windows"])
     (mine,) = [row for row in windows if (row["window"], row["source"]) == (1, "scripture")]
     assert mine["worse"][0] > 0 < mine["value, path, credit"][0]  # without its own kind the target's loss is higher
-    assert "| all | scripture | path, credit |" in (tmp_path / "out" / "README.md").read_text("utf-8")
-    assert (tmp_path / "out" / "figure.svg").exists() == figure
+    assert "| all | scripture | path, credit |" in page
 
 
 def test_a_window_without_a_source_goes_on_from_the_run(tmp_path: Path) -> None:
