@@ -85,12 +85,18 @@ def addresses() -> Iterator[tuple[str, str]]:
 def mail(*groups: str) -> Iterator[tuple[str, str]]:
     """The first plain or HTML text of every e-mail, HTML with its tags taken out, no headers."""
     for group in groups:
-        for path in npm_files(f"spam-assassin/data/{group}/*.txt"):
-            message = email.message_from_bytes(path.read_bytes(), policy=email.policy.default)
-            assert isinstance(message, EmailMessage)
+        for path, message in messages(group):
             text = body(message)
             if "\ufffd" not in text:
                 yield from numbered(f"{group}.{path.stem}", prose(text))
+
+
+def messages(groups: str) -> Iterator[tuple[Path, EmailMessage]]:
+    """The e-mails of the groups that a pattern names, and their files."""
+    for path in npm_files(f"spam-assassin/data/{groups}/*.txt"):
+        message = email.message_from_bytes(path.read_bytes(), policy=email.policy.default)
+        assert isinstance(message, EmailMessage)
+        yield path, message
 
 
 def body(message: EmailMessage) -> str:
@@ -108,8 +114,7 @@ def body(message: EmailMessage) -> str:
 
 def raw_parts(wanted: Callable[[EmailMessage], bool]) -> Iterator[tuple[str, str]]:
     """Of unwanted e-mails, the parts of a kind as they were sent, with their markup or in base64."""
-    for path in npm_files("spam-assassin/data/spam-*/*.txt"):
-        message = email.message_from_bytes(path.read_bytes(), policy=email.policy.default)
+    for path, message in messages("spam-*"):
         for number, part in enumerate(message.walk(), start=1):
             assert isinstance(part, EmailMessage)
             if not part.is_multipart() and wanted(part):

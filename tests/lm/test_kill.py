@@ -34,8 +34,9 @@ def command(corpus: Path, run: Path) -> list[str]:
 
 
 def train(arguments: list[str], out: Connection) -> None:
-    """`inrun train` in a process of its own, which writes to the connection."""
-    os.dup2(out.fileno(), 1)
+    """`inrun train` in a process of its own, which writes, errors too, to the connection."""
+    for told in (1, 2):
+        os.dup2(out.fileno(), told)
     sys.stdout = open(1, "w", buffering=1, encoding="utf-8", closefd=False)  # noqa: SIM115 - until the process ends
     torch.set_num_threads(1)
     sys.exit(main(arguments))
@@ -50,7 +51,7 @@ def started(arguments: list[str]) -> Iterator[tuple[BaseProcess, TextIO]]:
     process = context.Process(target=train, args=(arguments, its))
     process.start()
     its.close()
-    with os.fdopen(os.dup(mine.fileno()), encoding="utf-8") as lines:
+    with mine, os.fdopen(os.dup(mine.fileno()), encoding="utf-8") as lines:
         yield process, lines
     process.join()
 
